@@ -1,0 +1,169 @@
+"""Makes weight gradients and the activations that only they need conditional on their layer's gate.
+
+Runs on the joint graph, before the partitioner. The partitioner then sees which tensors the backward needs whatever
+the gates say, and saves just those: a normalised activation, say, and not its affine image beside it.
+
+A linear layer's weight gradient is one matrix product, in whatever form the layer was called: 2-D or 3-D, with and
+without bias, under autocast, with dynamic shapes. It becomes
+
+    forward:   kept = keep(x, gates, layers)                        x [n, k], or [0, k] when all its layers are closed
+    backward:  weight_gradient(gradient, kept, gates, layer)        [m, k], or [0, k] when the layer is closed
+
+where one `kept` serves all layers that x feeds. If another node of the backward reads x too (attention's backward
+reads its own output), then x is static, and the product reads it directly. The gradients of everything else
+(convolutions, embeddings, norms, tied weights) are computed, and dropped when their gate is closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch._functorch.compile_utils import fx_graph_cse
+
+from slimfit_fx.graph import JointGraph, aten, base_of, readers
+from slimfit_fx.plan import GatedGradient
+
+_ops = torch.ops.slimfit_fx
+_TRANSPOSES = frozenset({aten.permute.default, aten.t.default, aten.transpose.int})
+_CONVERSIONS = frozenset({torch.ops.prims.convert_element_type.default, aten._to_copy.default})
+
+
+@dataclass(frozen=True)
+class _LinearGradient:
+    """A weight gradient of the form `transpose?(convert?(product))`, product = mm(a, b)."""
+
+    position: int
+    layer: int
+    product: fx.Node
+    activation: fx.Node
+    transposed: bool
+    dtype: torch.dtype
+
+
+def gate_dynamic(joint: JointGraph, layers: Mapping[int, int]) -> list[GatedGradient]:
+    """Rewrites the gradients of gated parameters.
+
+    Args:
+        joint: its last input is the gate table.
+        layers: the layer of each gated input, by the input's position.
+
+    Returns:
+        What became of each gradient, in the order of the inputs.
+    """
+    # one view of an activation instead of one for each layer that reads it, as the partitioner will have it
+    joint.module.graph = fx_graph_cse(joint.graph)
+    gradients = joint.gradients()
+    gated = {position: layer for position, layer in layers.items() if position in gradients}
+    if not gated:
+        return []
+    inputs = list(joint.inputs.values())
+    gates = inputs[-1]
+    first = joint.graph.find_nodes(op="placeholder")[-1].next
+    snapshot = joint.insert(_ops.snapshot.default, (gates,), before=first, origin=gates)
+    joint.add_output(snapshot)
+
+    backward = joint.backward_nodes()
+    linear = {}
+    for position, layer in gated.items():
+        match = _match(position, layer, gradients[position], backward)
+        if match is not None:
+            linear[position] = match
+    kept = _keep_activations(joint, snapshot, list(linear.values()), backward)
+
+    results = []
+    for position, layer in gated.items():
+        match = linear.get(position)
+        if match is None:
+            new = _insert_pass_gradient(joint, snapshot, layer, gradients[position])
+        else:
+            new = _insert_weight_gradient(joint, snapshot, match, kept)
+        place = joint.set_gradient(position, new)
+        results.append(GatedGradient(place, layer, conditional=match is not None))
+    joint.graph.eliminate_dead_code()
+    joint.graph.lint()
+    joint.module.recompile()
+    return results
+
+
+def _match(position: int, layer: int, gradient: fx.Node, backward: set[fx.Node]) -> _LinearGradient | None:
+    """Reads `gradient` as a linear layer's weight gradient, if it is one and nothing else uses it."""
+    node, transposed = gradient, False
+    while node.target in _TRANSPOSES or node.target in _CONVERSIONS:
+        if len(node.users) > 1:
+            return None
+        transposed ^= node.target in _TRANSPOSES
+        node = node.all_input_nodes[0]
+    if node.target is not aten.mm.default or len(node.users) > 1:
+        return None
+    first, second = node.args
+    if (first in backward) == (second in backward):
+        return None
+    activation = second if first in backward else first
+    return _LinearGradient(
+        position,
+        layer,
+        product=node,
+        activation=activation,  # type: ignore[arg-type]
+        transposed=transposed,
+        dtype=gradient.meta["val"].dtype,
+    )
+
+
+def _keep_activations(
+    joint: JointGraph, snapshot: fx.Node, matches: list[_LinearGradient], backward: set[fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """Inserts one `keep` for every activation that only matched products read in the backward."""
+    products = {match.product for match in matches}
+    layers: dict[fx.Node, set[int]] = {}
+    for match in matches:
+        layers.setdefault(_rows(match), set()).add(match.layer)
+
+    kept = {}
+    results = set(joint.outputs)
+    for activation, needed_by in layers.items():
+        base = base_of(activation)
+        other = any(reader in backward and reader not in products for reader in readers(activation))
+        if other or base.op == "placeholder" or base in results or activation in results:
+            continue
+        kept[activation] = joint.insert(
+            _ops.keep.default,
+            (activation, snapshot, sorted(needed_by)),
+            before=activation.next,
+            origin=activation,
+        )
+    for node in kept.values():
+        joint.add_output(node)
+    return kept
+
+
+def _insert_weight_gradient(
+    joint: JointGraph, snapshot: fx.Node, match: _LinearGradient, kept: Mapping[fx.Node, fx.Node]
+) -> fx.Node:
+    product = match.product
+    first, second = product.args
+    rows = _rows(match)
+    operand = kept.get(rows, rows)
+    if rows is not match.activation:
+        operand = joint.insert(aten.permute.default, (operand, [1, 0]), before=product, origin=product)
+    operands = (operand, second) if match.activation is first else (first, operand)
+    arguments = (*operands, snapshot, match.layer, match.dtype)
+    new = joint.insert(_ops.weight_gradient.default, arguments, before=product, origin=product)
+    if match.transposed:
+        new = joint.insert(aten.permute.default, (new, [1, 0]), before=product, origin=product)
+    return new
+
+
+def _insert_pass_gradient(joint: JointGraph, snapshot: fx.Node, layer: int, gradient: fx.Node) -> fx.Node:
+    before = snapshot.next if gradient.op == "placeholder" else gradient.next
+    return joint.insert(_ops.pass_gradient.default, (gradient, snapshot, layer), before=before, origin=gradient)
+
+
+def _rows(match: _LinearGradient) -> fx.Node:
+    """The activation as [n, k], a row per token: as a product's first factor it comes transposed."""
+    first, _ = match.product.args
+    if match.activation is first and first.target in _TRANSPOSES:
+        return first.all_input_nodes[0]
+    return match.activation

@@ -1,0 +1,24 @@
+"""Memory-efficient fine-tuning of transformers inside torch.compile.
+
+    model = slimfit_fx.transform(model)
+"""
+
+from .config import Config as Config
+from .errors import BackendError as BackendError
+from .errors import BackwardError as BackwardError
+from .errors import ConfigError as ConfigError
+from .errors import ModelError as ModelError
+from .errors import SlimFitError as SlimFitError
+from .errors import StateError as StateError
+from .errors import VersionError as VersionError
+from .gates import Gates as Gates
+from .report import Report as Report
+from .scheduler import Scheduler as Scheduler
+from .transform import gates as gates
+from .transform import graphs as graphs
+from .transform import report as report
+from .transform import scheduler as scheduler
+from .transform import transform as transform
+from .transform import undo as undo
+
+__version__ = "0.1.0"

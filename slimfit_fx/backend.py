@@ -1,0 +1,155 @@
+"""From the graph that Dynamo captured to the compiled pair: the one list of passes, in order.
+
+    expose_gates     the gate table becomes an input
+    AOTAutograd      traces the joint graph
+    gate_dynamic     conditional activations and weight gradients
+    partition        min-cut into forward and backward
+    make_plan        label every saved tensor
+    Inductor, or the FX interpreter
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.decomposition import select_decomp_table
+
+from . import ops as ops
+from .errors import BackendError, SlimFitError
+from .graph import JointGraph, SplitGraph
+from .passes import expose_gates, gate_dynamic, make_plan, partition
+from .plan import Plan
+
+
+@dataclass(eq=False)
+class Capture:
+    """One captured graph: what is gated in it, and what the passes made of it.
+
+    Attributes:
+        layers: the layer of each gated parameter, by its position among the inputs of the captured graph.
+        split: the rewritten pair; None until the first training call compiled it.
+        plan: of `split`.
+    """
+
+    layers: Mapping[int, int]
+    split: SplitGraph | None = None
+    plan: Plan = field(default_factory=Plan)
+
+
+def compile_capture(
+    module: fx.GraphModule, inputs: Sequence[Any], capture: Capture, gates: Tensor, mode: str
+) -> Callable[..., Any]:
+    """Compiles a graph from Dynamo; the result takes the graph's inputs and the gate table behind them.
+
+    Raises:
+        BackendError: whatever went wrong, as its cause. Dynamo would answer some exceptions with an eager run.
+    """
+    try:
+        exposed, example_inputs = expose_gates(module, inputs, gates)
+        partitioner = _Partitioner(capture)
+        if mode == "eager":
+            return _interpret(exposed, example_inputs, partitioner)
+        return _inductor(exposed, example_inputs, partitioner)
+    except SlimFitError:
+        raise
+    except Exception as error:
+        raise BackendError(
+            f"slimfit_fx could not compile a graph of {len(module.graph.nodes)} nodes: {type(error).__name__}: {error}\n"
+            "Run with mode='eager' to see whether a pass or the code generator is at fault; slimfit_fx.undo(model) "
+            "gives the untouched model back."
+        ) from error
+
+
+class _Partitioner(CustomPartitionerFn):
+    """The passes from the joint graph to the plan, in the form that both compilers call."""
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        joint = JointGraph(gm, options.pop("num_fwd_outputs"))
+        gradients = gate_dynamic(joint, self.capture.layers)
+        split = partition(joint, joint_inputs, **options)
+        self.capture.plan = make_plan(split, gradients)
+        self.capture.split = split
+        return split.forward, split.backward
+
+    def uuid(self) -> str:
+        """What the code depends on: the passes' sources and the gated inputs."""
+        return f"slimfit_fx {_source_hash()} {sorted(self.capture.layers.items())}"
+
+
+def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Partitioner) -> Callable[..., Any]:
+    # AOTAutograd's own cache would skip the passes, and with them plan and report. Inductor's cache of generated
+    # code stays on: its key is the rewritten graph itself.
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        return compile_fx(
+            module,
+            inputs,
+            inner_compile=functools.partial(_compile_inner, partitioner.capture),
+            config_patches={"custom_partitioner_fn": partitioner},
+        )
+
+
+def _compile_inner(capture: Capture, gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+    compiled = compile_fx_inner(gm, inputs, **options)
+    return _drop_closed(compiled, capture) if options.get("is_backward") else compiled
+
+
+def _interpret(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Partitioner) -> Callable[..., Any]:
+    def run(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        return _boxed(lambda arguments: gm(*arguments))
+
+    def run_backward(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return _drop_closed(run(gm, example_inputs), partitioner.capture)
+
+    compiler = aot_autograd(
+        fw_compiler=run,
+        bw_compiler=run_backward,
+        inference_compiler=run,
+        partition_fn=partitioner,
+        decompositions=select_decomp_table(),
+    )
+    return compiler(module, inputs)
+
+
+def _drop_closed(backward: Callable[..., Any], capture: Capture) -> Callable[..., Any]:
+    """Hands None instead of an empty gradient to autograd, so that a frozen parameter's `.grad` stays None."""
+    gated = [gradient.output for gradient in capture.plan.gradients]
+
+    def run(arguments: list[Any]) -> list[Any]:
+        gradients = list(backward(arguments))
+        for place in gated:
+            if gradients[place].numel() == 0:
+                gradients[place] = None
+        return gradients
+
+    return _boxed(run)
+
+
+def _boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """Marks a function as taking one list of arguments, which it may clear: AOTAutograd's boxed convention."""
+    function._boxed_call = True  # type: ignore[attr-defined]
+    return function
+
+
+@functools.cache
+def _source_hash() -> str:
+    package = Path(__file__).parent
+    passes = Path(expose_gates.__code__.co_filename).parent
+    digest = hashlib.sha256()
+    for path in sorted([*package.rglob("*.py"), *passes.rglob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,42 @@
+"""`torch.compile(model, backend="slimfit_fx")`: the same as `transform`, for pipelines that take a backend's name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from .config import Config
+from .errors import BackendError
+from .transform import session_of, start_session
+
+
+def compile_graph(
+    module: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+) -> Callable[..., Any]:
+    """The backend of the entry point group `torch_dynamo_backends`; `options` are the fields of `Config`.
+
+    Gates, scheduler and report are asked for with the compiled module or the plain one.
+
+    Raises:
+        BackendError: what is compiled is a function, not a module.
+    """
+    model = _module_being_compiled()
+    session = session_of(model) or start_session(model, Config().replace(**(options or {})))
+    return session.compile(module, inputs)
+
+
+def _module_being_compiled() -> nn.Module:
+    """The module whose call led here: Dynamo hands over a graph and its tensors, but not what they belong to."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        inner = getattr(frame.f_locals.get("self"), "_orig_mod", None)
+        if isinstance(inner, nn.Module):
+            return inner
+        frame = frame.f_back
+    raise BackendError(
+        "backend='slimfit_fx' compiles modules: torch.compile(model, backend='slimfit_fx'), not a function that "
+        "calls one. For such a function use slimfit_fx.transform(model), which compiles the model in place."
+    )

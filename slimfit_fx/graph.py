@@ -1,0 +1,205 @@
+"""The two forms of a captured training graph, and the only place that knows their calling conventions.
+
+AOTAutograd traces a *joint graph*: inputs are the model's ("primals") and the gradients of its outputs ("tangents"),
+outputs are the model's outputs and then one gradient, or None, per primal. The partitioner cuts it into a
+*split graph*: a forward that also returns what the backward needs, and a backward.
+
+    forward:   primals                                    -> outputs, saved tensors, saved sizes
+    backward:  saved sizes, saved tensors, tangents       -> gradients
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
+from torch.multiprocessing.reductions import StorageWeakRef
+
+aten = torch.ops.aten
+
+# Where a node came from: copied to the nodes that replace or extend it, for the report and for debugging.
+_ORIGIN = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "original_aten", "seq_nr")
+
+# Operators whose output shares its input's storage.
+VIEWS = frozenset(
+    {
+        aten.alias.default,
+        aten.detach.default,
+        aten.expand.default,
+        aten.permute.default,
+        aten.reshape.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.t.default,
+        aten.transpose.int,
+        aten.unsqueeze.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+    }
+)
+
+
+@dataclass
+class JointGraph:
+    """The joint forward and backward graph, before it is partitioned."""
+
+    module: fx.GraphModule
+    num_outputs: int
+    extra_outputs: int = 0
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def inputs(self) -> dict[int, fx.Node]:
+        """The model's inputs, parameters included, by their position in the captured graph."""
+        primals = [node for node in self.graph.find_nodes(op="placeholder") if "tangents" not in node.name]
+        return {_position(node, order): node for order, node in enumerate(primals)}
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What the model returns (and what is kept for the backward, so far)."""
+        return self._results()[: self.num_outputs + self.extra_outputs]
+
+    def gradients(self) -> dict[int, fx.Node]:
+        """The gradients that the backward returns, by the position of their input."""
+        results = self._results()[self.num_outputs + self.extra_outputs :]
+        return {
+            position: gradient
+            for position, gradient in zip(self.inputs, results, strict=False)
+            if isinstance(gradient, fx.Node)
+        }
+
+    def set_gradient(self, position: int, gradient: fx.Node) -> int:
+        """Replaces the gradient of the input at `position`; returns its place among the backward's outputs."""
+        place = list(self.inputs).index(position)
+        results = self._results()
+        results[self.num_outputs + self.extra_outputs + place] = gradient
+        self._output.args = (results,)
+        return place
+
+    def add_output(self, node: fx.Node) -> None:
+        """Makes the forward compute `node`, so that the partitioner does not move it to the backward."""
+        results = self._results()
+        end = self.num_outputs + self.extra_outputs
+        self._output.args = ([*results[:end], node, *results[end:]],)
+        if "desc" in self._output.meta:
+            descriptions = list(self._output.meta["desc"])
+            self._output.meta["desc"] = [*descriptions[:end], None, *descriptions[end:]]
+        self.extra_outputs += 1
+
+    def backward_nodes(self) -> set[fx.Node]:
+        """The nodes that depend on the gradient of an output: they can run in the backward only."""
+        closure: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node.op == "output":
+                continue
+            if "tangents" in node.name and node.op == "placeholder":
+                closure.add(node)
+            elif not closure.isdisjoint(node.all_input_nodes):
+                closure.add(node)
+        return closure
+
+    def insert(self, target: Callable[..., Any], args: tuple[Any, ...], *, before: fx.Node, origin: fx.Node) -> fx.Node:
+        """Adds a call in front of the node `before`; its fake value is computed, its origin is that of `origin`."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args)
+        node.meta = {key: origin.meta[key] for key in _ORIGIN if key in origin.meta}
+        fakes = fx.map_arg(args, lambda argument: argument.meta["val"])
+        mode = detect_fake_mode(_tensors(fakes))
+        if mode is None:
+            raise AssertionError("a captured graph carries fake tensors")
+        with mode:
+            node.meta["val"] = target(*fakes)
+        bindings = compute_unbacked_bindings(mode.shape_env, node.meta["val"])
+        if bindings:
+            node.meta["unbacked_bindings"] = bindings
+        return node
+
+    @property
+    def _output(self) -> fx.Node:
+        return self.graph.find_nodes(op="output")[0]
+
+    def _results(self) -> list[Any]:
+        (results,) = self._output.args
+        return list(results)  # type: ignore[arg-type]
+
+
+@dataclass
+class SplitGraph:
+    """A forward and a backward graph that fit together, as the partitioner returns them."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    num_outputs: int
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def saved(self) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Every saved tensor as (node of the forward, placeholder of the backward), in the order of handing over."""
+        (results,) = self.forward.graph.find_nodes(op="output")[0].args
+        handed = [node for node in results[self.num_outputs :] if _is_tensor(node)]  # type: ignore[index]
+        taken = [
+            node
+            for node in self.backward.graph.find_nodes(op="placeholder")
+            if "tangents" not in node.name and _is_tensor(node)
+        ]
+        return zip(handed, taken, strict=True)
+
+    def gradients(self) -> list[Any]:
+        """What the backward returns: a node or None for each input of the forward."""
+        (results,) = self.backward.graph.find_nodes(op="output")[0].args
+        return list(results)  # type: ignore[arg-type]
+
+    def lint(self) -> None:
+        for module in (self.forward, self.backward):
+            module.graph.lint()
+            module.recompile()
+
+
+def storage_of(node: fx.Node) -> StorageWeakRef:
+    """The identity of the storage behind a node's fake value: equal for views of one tensor."""
+    return StorageWeakRef(node.meta["val"].untyped_storage())
+
+
+def base_of(node: fx.Node) -> fx.Node:
+    """The tensor that `node` is a view of, or `node` itself."""
+    while node.target in VIEWS:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def readers(node: fx.Node) -> Iterator[fx.Node]:
+    """All nodes that read the values of `node`, directly or through views of the same tensor."""
+    pending, seen = [base_of(node)], set()
+    while pending:
+        for user in pending.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if user.target in VIEWS:
+                pending.append(user)
+            else:
+                yield user
+
+
+def _position(node: fx.Node, order: int) -> int:
+    """The position of a primal among the inputs of the captured graph, whatever AOTAutograd did to their order."""
+    description = node.meta.get("desc")
+    return getattr(description, "idx", order)
+
+
+def _is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
+
+
+def _tensors(values: Any) -> Sequence[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -1,0 +1,109 @@
+"""Which parameters of a model can be frozen, and which of them share a gate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .config import Config
+from .errors import ConfigError, ModelError
+
+# What a classifier is called in models that do not say themselves where their head is.
+_HEAD_NAMES = r"^(classifier|head|fc|score|qa_outputs)\."
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one gate freezes: `parameters` are names as in `model.named_parameters()`."""
+
+    name: str
+    parameters: tuple[str, ...]
+    always_open: bool = False
+
+
+def find_layers(model: nn.Module, config: Config) -> list[Layer]:
+    """The layers of `model` in the order of its parameters (paper, section 3: weights and norm weights).
+
+    Biases and other vectors have no gate: their gradients need no saved activation.
+
+    Raises:
+        ModelError: nothing in the model can be frozen.
+        ConfigError: a pattern matches no parameter.
+    """
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    norms = _norm_weights(model)
+    excluded = set(_match("never_gate", config.never_gate, trained))
+    gated = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name not in excluded and (parameter.dim() > 1 or name in norms)
+    ]
+    if not gated:
+        reason = "no parameter requires a gradient" if not trained else f"{len(trained)} trained parameters, none gated"
+        raise ModelError(
+            f"{type(model).__name__} has no layer to freeze ({reason}): a layer is a parameter that requires a "
+            "gradient and is a matrix or a norm's weight. Unfreeze the model, or relax never_gate."
+        )
+    if config.always_open is None:
+        head = set(find_head(model, gated))
+    else:
+        head = set(_match("always_open", config.always_open, trained))
+
+    groups: dict[str, list[str]] = {}
+    for name in gated:
+        groups.setdefault(_group(name, config.granularity), []).append(name)
+    return [Layer(name, tuple(members), not head.isdisjoint(members)) for name, members in groups.items()]
+
+
+def find_head(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The names that belong to the model's classification head, which is usually freshly initialised.
+
+    transformers: what is outside of the base model, less a language model's output embedding; timm: the classifier;
+    otherwise by name.
+    """
+    names = list(names)
+    base = getattr(model, "base_model_prefix", "")
+    if base and isinstance(getattr(model, base, None), nn.Module):
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        vocabulary = set() if output is None else {id(parameter) for parameter in output.parameters()}
+        by_name = dict(model.named_parameters())
+        return [n for n in names if not n.startswith(base + ".") and id(by_name[n]) not in vocabulary]
+    classifier = getattr(model, "get_classifier", lambda: None)()
+    if isinstance(classifier, nn.Module):
+        head = {id(parameter) for parameter in classifier.parameters()}
+        return [name for name, parameter in model.named_parameters() if id(parameter) in head and name in names]
+    return [name for name in names if re.search(_HEAD_NAMES, name)]
+
+
+def _norm_weights(model: nn.Module) -> set[str]:
+    """Weights of normalisation modules of any library, found by the name of their class."""
+    return {
+        f"{prefix}.weight" if prefix else "weight"
+        for prefix, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)
+    }
+
+
+def _group(name: str, granularity: str) -> str:
+    """The name of the layer that the parameter `name` belongs to."""
+    if granularity == "module":
+        return name.rpartition(".")[0] or name
+    if granularity == "block":
+        block = re.match(r".*?\.\d+(?=\.)", name)
+        return block.group() if block else name.rpartition(".")[0] or name
+    return name
+
+
+def _match(field: str, patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The names in which one of `patterns` is found; a pattern that is found in none raises `ConfigError`."""
+    names = list(names)
+    matches = {pattern: [name for name in names if re.search(pattern, name)] for pattern in patterns}
+    for pattern, found in matches.items():
+        if not found:
+            raise ConfigError(
+                f"{field}: {pattern!r} matches no trained parameter; names look like {', '.join(names[:3])}"
+            )
+    return [name for name in names if any(name in found for found in matches.values())]

@@ -1,0 +1,87 @@
+"""The operators that read the gate table while a compiled graph runs.
+
+They are opaque to the code generator on purpose: what they return depends on the gates, which are data. A tensor
+that is not needed has no rows, so one graph serves every set of frozen layers, and neither a recompile nor a device
+synchronisation follows when the set changes. The gate table and its snapshot live on the CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import Library, get_ctx, register_fake
+
+_library = Library("slimfit_fx", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+
+
+def _define(schema: str):
+    """Registers the decorated function as the kernel of `schema` on every device."""
+    name = schema.partition("(")[0]
+
+    def register(kernel):
+        _library.define(schema, tags=_TAGS)
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        return kernel
+
+    return register
+
+
+def _fake(name: str):
+    return register_fake(f"slimfit_fx::{name}", lib=_library)
+
+
+def _unknown_size() -> torch.SymInt:
+    """A size that is known at run time only. Dynamo allows user code none (DynamicOutputShapeException), so the
+    context's `new_dynamic_size` refuses; torch's own `_runtime_compute_coordinate_on_dim` goes the same way."""
+    size = get_ctx()._shape_env.create_unbacked_symint()
+    torch._check(size >= 0)
+    return size
+
+
+@_define("snapshot(Tensor gates) -> Tensor")
+def snapshot(gates: Tensor) -> Tensor:
+    """The gates as this forward sees them, for its own backward: the table may change in between."""
+    return gates.clone()
+
+
+@_fake("snapshot")
+def _(gates: Tensor) -> Tensor:
+    return torch.empty_like(gates)
+
+
+@_define("keep(Tensor x, Tensor gates, int[] layers) -> Tensor")
+def keep(x: Tensor, gates: Tensor, layers: list[int]) -> Tensor:
+    """A copy of x [n, ...] for the backward if any of `layers` is open, else [0, ...] of x's dtype and device."""
+    if any(gates[layer] for layer in layers):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x.new_empty((0, *x.shape[1:]))
+
+
+@_fake("keep")
+def _(x: Tensor, gates: Tensor, layers: list[int]) -> Tensor:
+    return x.new_empty((_unknown_size(), *x.shape[1:]))
+
+
+@_define("weight_gradient(Tensor a, Tensor b, Tensor gates, int layer, ScalarType dtype) -> Tensor")
+def weight_gradient(a: Tensor, b: Tensor, gates: Tensor, layer: int, dtype: torch.dtype) -> Tensor:
+    """a [m, n] @ b [n, k] in `dtype` if `layer` is open, else [0, k] and no multiplication."""
+    if gates[layer]:
+        return torch.mm(a, b).to(dtype)
+    return b.new_empty((0, b.shape[1]), dtype=dtype)
+
+
+@_fake("weight_gradient")
+def _(a: Tensor, b: Tensor, gates: Tensor, layer: int, dtype: torch.dtype) -> Tensor:
+    return b.new_empty((_unknown_size(), b.shape[1]), dtype=dtype)
+
+
+@_define("pass_gradient(Tensor gradient, Tensor gates, int layer) -> Tensor")
+def pass_gradient(gradient: Tensor, gates: Tensor, layer: int) -> Tensor:
+    """A copy of a gradient [n, ...] that was computed whatever the gates say if `layer` is open, else [0, ...]."""
+    return keep(gradient, gates, [layer])
+
+
+@_fake("pass_gradient")
+def _(gradient: Tensor, gates: Tensor, layer: int) -> Tensor:
+    return gradient.new_empty((_unknown_size(), *gradient.shape[1:]))

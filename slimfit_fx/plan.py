@@ -1,0 +1,79 @@
+"""The plan of a graph pair: every saved tensor and every gated gradient. One source of truth.
+
+Passes fill it in, `report` prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """What the forward graph hands to the backward graph.
+
+    Attributes:
+        name: of the node in both graphs.
+        module: path of the module that made it, `""` for the model itself.
+        role: what it is to the backward, for example `"linear input"` or `"dropout mask"`.
+        shape: as the forward saw it at capture; a dimension of dynamic size is its symbol.
+        dtype: as torch names it, for example `"float32"`.
+        layers: the layers whose gates decide whether it is kept; empty for a static tensor.
+        nbytes: of the storage that stays alive for it, 0 if that is an input, a parameter, or counted in another row.
+    """
+
+    name: str
+    module: str
+    role: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    layers: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether only weight gradients of gated layers need it, so that it can be dropped."""
+        return bool(self.layers)
+
+    def bytes_at(self, open_gates: Sequence[bool]) -> int:
+        """Bytes kept alive by a forward that sees these gates."""
+        if self.dynamic and not any(open_gates[layer] for layer in self.layers):
+            return 0
+        return self.nbytes
+
+
+@dataclass(frozen=True)
+class GatedGradient:
+    """What became of the gradient of a gated parameter.
+
+    Attributes:
+        output: its place among the outputs of the backward graph.
+        layer: the layer whose gate it obeys.
+        conditional: True if a closed gate skips the computation; False if the gradient is computed, then dropped.
+    """
+
+    output: int
+    layer: int
+    conditional: bool
+
+
+@dataclass
+class Plan:
+    """All saved tensors of one captured graph, in the order in which they are handed over, and its gated gradients."""
+
+    saved: list[SavedTensor] = field(default_factory=list)
+    gradients: list[GatedGradient] = field(default_factory=list)
+
+    def bytes_at(self, open_gates: Sequence[bool]) -> int:
+        """Bytes that the forward hands to the backward when it sees these gates."""
+        return sum(tensor.bytes_at(open_gates) for tensor in self.saved)
+
+
+def merge_plans(plans: Iterable[Plan]) -> Plan:
+    """One plan for a forward that runs several graphs, after a graph break."""
+    plans = list(plans)
+    return Plan(
+        [tensor for plan in plans for tensor in plan.saved],
+        [gradient for plan in plans for gradient in plan.gradients],
+    )

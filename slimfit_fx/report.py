@@ -1,0 +1,132 @@
+"""The table that says where each saved byte goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from .layers import Layer
+from .plan import Plan, SavedTensor
+
+
+@dataclass(frozen=True)
+class Report:
+    """The saved tensors of a model's last captured graph, at the gates of the moment.
+
+    Attributes:
+        plan: what is saved.
+        layers: what the gates freeze.
+        open_gates: the gates at the time of asking.
+    """
+
+    plan: Plan
+    layers: Sequence[Layer]
+    open_gates: Sequence[bool]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per saved tensor: module, role, shape, dtype, kind, layers, bytes (all gates open), bytes_now."""
+        return [self._row(tensor) for tensor in self.plan.saved]
+
+    @property
+    def saved_bytes_before(self) -> int:
+        """Bytes handed to the backward when every layer trains."""
+        return self.plan.bytes_at([True] * len(self.layers))
+
+    @property
+    def saved_bytes_after(self) -> int:
+        """Bytes handed to the backward at the present gates."""
+        return self.plan.bytes_at(self.open_gates)
+
+    def by_role(self) -> list[dict[str, Any]]:
+        """Totals of `rows` by role and kind, the largest first."""
+        totals: dict[tuple[str, str], dict[str, Any]] = {}
+        for row in self.rows:
+            key = (row["role"], row["kind"])
+            total = totals.setdefault(key, dict(role=key[0], kind=key[1], tensors=0, bytes=0, bytes_now=0))
+            total["tensors"] += 1
+            total["bytes"] += row["bytes"]
+            total["bytes_now"] += row["bytes_now"]
+        return sorted(totals.values(), key=lambda total: -total["bytes"])
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "saved_bytes_before": self.saved_bytes_before,
+                "saved_bytes_after": self.saved_bytes_after,
+                "by_role": self.by_role(),
+                "rows": self.rows,
+            }
+        )
+
+    def __str__(self) -> str:
+        held = [row for row in self.rows if row["bytes"]]
+        tensors = [
+            [
+                row["module"],
+                row["role"],
+                "x".join(map(str, row["shape"])),
+                row["dtype"],
+                row["kind"],
+                _shorten(row["layers"]),
+                _size(row["bytes"]),
+                _size(row["bytes_now"]),
+            ]
+            for row in held
+        ]
+        roles = [
+            [total["role"], total["kind"], total["tensors"], _size(total["bytes"]), _size(total["bytes_now"])]
+            for total in self.by_role()
+            if total["bytes"]
+        ]
+        roles.append(["total", "", len(held), _size(self.saved_bytes_before), _size(self.saved_bytes_after)])
+        parts = [
+            tabulate(tensors, ["module", "role", "shape", "dtype", "kind", "needed by", "all open", "now"]),
+            tabulate(roles, ["role", "kind", "tensors", "all open", "now"], colalign=("left", "left", "right")),
+            self._summary(),
+        ]
+        return "\n\n".join(parts)
+
+    def _row(self, tensor: SavedTensor) -> dict[str, Any]:
+        return {
+            "module": tensor.module,
+            "role": tensor.role,
+            "shape": list(tensor.shape),
+            "dtype": tensor.dtype,
+            "kind": "dynamic" if tensor.dynamic else "static",
+            "layers": [self.layers[layer].name for layer in tensor.layers],
+            "bytes": tensor.nbytes,
+            "bytes_now": tensor.bytes_at(self.open_gates),
+        }
+
+    def _summary(self) -> str:
+        gates = f"{sum(self.open_gates)} of {len(self.open_gates)} layers open."
+        dropped = sorted({self.layers[g.layer].name for g in self.plan.gradients if not g.conditional})
+        if not dropped:
+            return gates
+        return f"{gates} Computed, then dropped when closed ({len(dropped)}): {', '.join(dropped)}."
+
+
+def _shorten(names: Sequence[str]) -> str:
+    """Layer names without their common prefix, which the module column shows."""
+    if len(names) < 2:
+        return names[0] if names else ""
+    parts = [name.split(".") for name in names]
+    common = 0
+    while all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
+        common += 1
+    return ", ".join(".".join(p[common:]) for p in parts)
+
+
+def _size(nbytes: int) -> str:
+    """Bytes in the unit that keeps them readable, powers of 1,024."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

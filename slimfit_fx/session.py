@@ -1,0 +1,107 @@
+"""What belongs to one transformed model: its layers, gates, scheduler and captured graphs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .backend import Capture, compile_capture
+from .config import Config
+from .errors import BackwardError
+from .gates import Gates
+from .layers import Layer, find_layers
+from .scheduler import Scheduler
+
+
+class Session:
+    """The state behind `transform(model)`. It holds the model's parameters, but not the model.
+
+    Attributes:
+        layers: what each gate freezes, in the order of the gate table.
+        captures: one for each graph that was compiled; several after a graph break or a recompile.
+        active: the captures that the last forward ran, in order.
+    """
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        parameters = dict(model.named_parameters())
+        self.config = config
+        self.layers: list[Layer] = find_layers(model, config)
+        self.gates = Gates([layer.name for layer in self.layers])
+        self.scheduler = Scheduler(self.gates, self.layers, parameters, config)
+        self.captures: list[Capture] = []
+        self.active: list[Capture] = []
+        self._layer_of = {
+            id(parameters[name]): index for index, layer in enumerate(self.layers) for name in layer.parameters
+        }
+        self._hooks = _listen_to_optimizers(self.scheduler)
+
+    def close(self) -> None:
+        """Stops listening to optimizers and opens all gates."""
+        self._hooks()
+        self.gates.set(self.gates.names)
+
+    def compile(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The torch.compile backend: a graph from Dynamo to a callable on the graph's inputs."""
+        layers = {
+            position: self._layer_of[id(tensor)]
+            for position, tensor in enumerate(inputs)
+            if id(tensor) in self._layer_of
+        }
+        capture = Capture(layers)
+        compiled = compile_capture(module, inputs, capture, self.gates.table, self.config.mode)
+        self.captures.append(capture)
+
+        def run(*arguments: Any) -> Any:
+            if capture in self.active:
+                self.active.clear()
+            self.active.append(capture)
+            self.scheduler.step()
+            outputs = compiled(*arguments, self.gates.table)
+            _refuse_double_backward(outputs)
+            return outputs
+
+        return run
+
+
+def _listen_to_optimizers(scheduler: Scheduler) -> Callable[[], None]:
+    """Calls the scheduler around every optimizer step of the process; returns what ends that."""
+    alive = weakref.ref(scheduler)
+
+    def before(optimizer: Optimizer, *_: Any) -> None:
+        if (target := alive()) is not None:
+            target.before_optimizer_step(optimizer)
+
+    def after(optimizer: Optimizer, *_: Any) -> None:
+        if (target := alive()) is not None:
+            target.after_optimizer_step(optimizer)
+
+    handles = (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after))
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    weakref.finalize(scheduler, remove)
+    return remove
+
+
+def _refuse_double_backward(outputs: Iterable[Any]) -> None:
+    """Arms the outputs' backward to name the limit at once: torch fails only at the second backward, and later."""
+    for output in outputs:
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            output.grad_fn.register_prehook(_check_backward)
+            return
+
+
+def _check_backward(gradients: Any) -> None:
+    if torch.is_grad_enabled():
+        raise BackwardError(
+            "backward(create_graph=True) needs a second backward, which compiled graphs do not have. "
+            "Use slimfit_fx.undo(model) for the steps that differentiate gradients."
+        )

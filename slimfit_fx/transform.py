@@ -1,0 +1,142 @@
+"""The one-liner, and what can be asked of a transformed model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import fx, nn
+
+from .config import Config
+from .errors import BackendError, ModelError, StateError, VersionError
+from .gates import Gates
+from .plan import merge_plans
+from .report import Report
+from .scheduler import Scheduler
+from .session import Session
+
+_OLDEST_TORCH = (2, 11)
+_sessions: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+
+
+def transform(model: nn.Module, config: Config | None = None, **overrides: Any) -> nn.Module:
+    """Makes training `model` save only what the layers that are open at a step need, inside torch.compile.
+
+    The model is changed in place: same object, same class, same state_dict, same hooks. Its training calls run
+    compiled; calls in eval mode or under `torch.no_grad()` run as they did. Optimizers are listened to: after each
+    step the scheduler chooses which layers train next, and a frozen layer's `.grad` is None.
+
+    Example:
+        >>> model = slimfit_fx.transform(model, freeze_rate=0.95)
+
+    Args:
+        model: in training precision and on its device. Parameters without `requires_grad` are left alone.
+        config: all options; `overrides` are its fields.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ConfigError: a field is unknown or has an impossible value, or a pattern matches nothing.
+        ModelError: not a module, or nothing in it can be frozen.
+        StateError: the model is transformed already.
+        VersionError: torch is too old.
+    """
+    _check_version(torch.__version__)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
+    if session_of(model) is not None:
+        raise StateError("the model is transformed already; slimfit_fx.undo(model) first to change its config")
+    if model._compiled_call_impl is not None or _original(model) is not model:
+        raise StateError("the model is compiled already; transform compiles it itself: pass the plain model")
+    session = start_session(model, (config or Config()).replace(**overrides))
+    model._compiled_call_impl = _dispatcher(model, session)
+    return model
+
+
+def undo(model: nn.Module) -> nn.Module:
+    """Gives back the untouched model, weights as they are now."""
+    _session(model).close()
+    original = _original(model)
+    original._compiled_call_impl = None
+    del _sessions[original]
+    return original
+
+
+def gates(model: nn.Module) -> Gates:
+    """The model's gates: a mapping from layer name to bool, settable at any time."""
+    return _session(model).gates
+
+
+def scheduler(model: nn.Module) -> Scheduler:
+    """What chooses the open layers: `.step()`, `.state_dict()`, `.load_state_dict()`, `.history`."""
+    return _session(model).scheduler
+
+
+def report(model: nn.Module) -> Report:
+    """Where each saved byte goes: print it, or read `.rows`. Needs one training forward to have run."""
+    session = _session(model)
+    plans = [capture.plan for capture in session.active if capture.split is not None]
+    if not plans:
+        raise StateError("nothing is captured yet: run one training forward of the model, then ask for the report")
+    return Report(merge_plans(plans), session.layers, session.gates.table.tolist())
+
+
+def graphs(model: nn.Module) -> list[tuple[fx.GraphModule, fx.GraphModule]]:
+    """The rewritten (forward, backward) graphs of each captured training graph, to read and to test."""
+    splits = [capture.split for capture in _session(model).captures]
+    return [(split.forward, split.backward) for split in splits if split is not None]
+
+
+def start_session(model: nn.Module, config: Config) -> Session:
+    """Finds the layers of `model` and begins to listen to optimizers."""
+    session = _sessions[model] = Session(model, config)
+    return session
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """What belongs to a transformed model, compiled wrappers included; None if it is not transformed."""
+    return _sessions.get(_original(model))
+
+
+def _dispatcher(model: nn.Module, session: Session) -> Callable[..., Any]:
+    """What a call of the model does: training is compiled, everything else runs untouched."""
+    compiled = torch.compile(model._call_impl, backend=session.compile)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not (model.training and torch.is_grad_enabled()):
+            return model._call_impl(*args, **kwargs)
+        session.active.clear()
+        outputs = compiled(*args, **kwargs)
+        if not session.active:
+            raise BackendError(
+                "the model ran without its compiled graph, so nothing was saved. torch.compile gave up on it: "
+                "usually its recompile limit was hit by inputs that change in more than size. Run with "
+                "TORCH_LOGS=recompiles to see why, pad the inputs, or raise torch._dynamo.config.recompile_limit."
+            )
+        return outputs
+
+    return call
+
+
+def _session(model: nn.Module) -> Session:
+    session = session_of(model)
+    if session is None:
+        raise StateError(f"this {type(model).__name__} is not transformed; call slimfit_fx.transform(model) first")
+    return session
+
+
+def _original(model: nn.Module) -> nn.Module:
+    """The module inside of what torch.compile returned, or `model` itself."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _check_version(version: str) -> None:
+    found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    if found < _OLDEST_TORCH:
+        oldest = ".".join(map(str, _OLDEST_TORCH))
+        raise VersionError(f"slimfit_fx needs torch {oldest} or newer, found {version}; pip install 'torch>={oldest}'")
+
