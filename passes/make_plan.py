@@ -47,9 +47,8 @@ def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient]) -> Plan:
         storage = storage_of(produced)
         nbytes = 0 if storage in counted else _storage_bytes(produced)
         counted.add(storage)
-        kept = produced.target is _ops.keep.default
-        shown = produced.args[0] if kept else produced
-        value = shown.meta["val"]  # type: ignore[union-attr]
+        kept = _kept(produced)
+        value = (kept.args[0] if kept else produced).meta["val"]  # type: ignore[union-attr]
         plan.saved.append(
             SavedTensor(
                 name=produced.name,
@@ -57,24 +56,31 @@ def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient]) -> Plan:
                 role=_role(produced, taken),
                 shape=tuple(int(size) if str(size).isdigit() else str(size) for size in value.shape),
                 dtype=str(value.dtype).removeprefix("torch."),
-                layers=tuple(produced.args[2]) if kept else (),  # type: ignore[arg-type]
+                layers=tuple(kept.args[2]) if kept else (),  # type: ignore[arg-type]
                 nbytes=nbytes,
             )
         )
     return plan
 
 
+def _kept(produced: fx.Node) -> fx.Node | None:
+    """The `keep` behind a saved tensor; the partitioner may hand over a view of it."""
+    base = base_of(produced)
+    return base if base.target is _ops.keep.default else None
+
+
 def _storage_bytes(node: fx.Node) -> int:
     """Bytes of the storage behind a node; of a kept tensor, those of its open form."""
-    if node.target is _ops.keep.default:
-        value = node.args[0].meta["val"]  # type: ignore[union-attr]
+    kept = _kept(node)
+    if kept is not None:
+        value = kept.args[0].meta["val"]  # type: ignore[union-attr]
         return _hint(value.numel()) * value.element_size()
     return _hint(node.meta["val"].untyped_storage().nbytes())
 
 
 def _hint(size: int | torch.SymInt) -> int:
     """A size as the capture saw it."""
-    return size if isinstance(size, int) else int(size.node.require_hint())
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _role(produced: fx.Node, taken: fx.Node) -> str:
@@ -82,7 +88,7 @@ def _role(produced: fx.Node, taken: fx.Node) -> str:
         return "parameter" if len(produced.meta["val"].shape) and produced.meta["val"].is_floating_point() else "input"
     if produced.target is _ops.snapshot.default:
         return "gates"
-    if produced.target is _ops.keep.default:
+    if _kept(produced) is not None:
         return "linear input"
     if produced.meta["val"].dtype is torch.bool:
         return "dropout mask"
@@ -107,5 +113,5 @@ def _module_of(node: fx.Node) -> str:
     path, _ = list(stack.values())[-1]
     path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
     path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
-    return path.removeprefix("L.self").removeprefix("self").strip(".")
+    return re.sub(r"^(L\.)?(self|model)\b", "", path).strip(".")
 

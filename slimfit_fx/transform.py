@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +20,7 @@ from .scheduler import Scheduler
 from .session import Session
 
 _OLDEST_TORCH = (2, 11)
+_numbers = itertools.count()
 _sessions: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
 
 
@@ -103,7 +106,7 @@ def session_of(model: nn.Module) -> Session | None:
 
 def _dispatcher(model: nn.Module, session: Session) -> Callable[..., Any]:
     """What a call of the model does: training is compiled, everything else runs untouched."""
-    compiled = torch.compile(model._call_impl, backend=session.compile)
+    compiled = torch.compile(_own_code(model), backend=session.compile)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not (model.training and torch.is_grad_enabled()):
@@ -119,6 +122,20 @@ def _dispatcher(model: nn.Module, session: Session) -> Callable[..., Any]:
         return outputs
 
     return call
+
+
+def _own_code(model: nn.Module) -> FunctionType:
+    """A function that calls the model, with a code object of its own.
+
+    Dynamo keeps compiled graphs, their recompile limit and what it learnt of dynamic shapes by code object. Under the
+    model's own code, which all models of a class share, the ninth model of a sweep would run uncompiled.
+    """
+
+    def train(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    code = train.__code__.replace(co_name=f"train_{type(model).__name__}_{next(_numbers)}")
+    return FunctionType(code, train.__globals__, code.co_name, train.__defaults__, train.__closure__)
 
 
 def _session(model: nn.Module) -> Session:

@@ -1,0 +1,41 @@
+"""Settings of the whole suite."""
+
+from __future__ import annotations
+
+import warnings
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(2)
+# Two cores, graphs that are traced and compiled: time limits would only report how busy the machine is.
+hypothesis.settings.register_profile("graphs", deadline=None, max_examples=25, print_blob=True)
+hypothesis.settings.load_profile("graphs")
+
+
+def _stub_torchvision_operators() -> None:
+    """torchvision's CUDA build does not load next to a CPU torch; timm only needs its schemas to exist."""
+    try:
+        torch.ops.torchvision.nms  # noqa: B018
+    except AttributeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        globals()["_torchvision"] = library
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        _stub_torchvision_operators()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    """Every test captures for itself: without this, the recompile limit of shared code would add up."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,110 @@
+"""What several test files share: a reference backend, runs of a model, and the bytes that a forward hands over."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import slimfit_fx
+
+
+def reference(model: nn.Module, mode: str = "eager") -> nn.Module:
+    """A copy of `model` compiled by the same code generator without the passes."""
+    model = copy.deepcopy(model)
+    if mode == "inductor":
+        model.compile()
+        return model
+
+    def boxed(gm, _):
+        run = lambda arguments: gm(*arguments)  # noqa: E731
+        run._boxed_call = True
+        return run
+
+    backend = aot_autograd(
+        fw_compiler=boxed,
+        bw_compiler=boxed,
+        inference_compiler=boxed,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    model.compile(backend=backend)
+    return model
+
+
+def transformed(model: nn.Module, **config: Any) -> nn.Module:
+    """A transformed copy of `model`, in the interpreter mode unless `config` says otherwise."""
+    return slimfit_fx.transform(copy.deepcopy(model), **{"mode": "eager", **config})
+
+
+def loss_of(outputs: Any) -> Tensor:
+    """A scalar that depends on every float output."""
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    if not tensors:
+        tensors = [value for value in outputs.values() if isinstance(value, Tensor)]
+    return sum((t.float() * torch.linspace(0.5, 1.5, t.numel()).view(t.shape)).sum() for t in tensors if t.requires_grad)
+
+
+def run(model: nn.Module, inputs: dict[str, Any], seed: int = 0) -> tuple[Any, dict[str, Tensor | None]]:
+    """One forward and backward from `seed`: the outputs, and the gradients by parameter name."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    outputs = model(**inputs)
+    loss_of(outputs).backward()
+    return outputs, gradients(model)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def gated_parameters(model: nn.Module) -> dict[str, str]:
+    """The layer of each gated parameter, by parameter name."""
+    session = slimfit_fx.transform.__globals__["session_of"](model)
+    return {name: layer.name for layer in session.layers for name in layer.parameters}
+
+
+def handed_over(outputs: Any, model: nn.Module, inputs: dict[str, Any]) -> int:
+    """Bytes that the compiled forwards behind `outputs` keep for their backward, parameters and inputs left out."""
+    held = {storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    held |= {storage(value) for value in inputs.values() if isinstance(value, Tensor)}
+    total = 0
+    for node in compiled_functions(outputs):
+        saved = [*node.saved_tensors, *getattr(node, "_tensors_no_vc_check", [])]
+        total += sum({storage(t): t.untyped_storage().nbytes() for t in saved if storage(t) not in held}.values())
+    return total
+
+
+def compiled_functions(outputs: Any) -> set[Any]:
+    """The autograd nodes of all compiled graphs that `outputs` were computed with."""
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    pending, seen = [t.grad_fn for t in tensors], set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending.extend(following for following, _ in node.next_functions)
+    return {node for node in seen if "CompiledFunction" in type(node).__name__}
+
+
+def storage(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+@contextmanager
+def no_recompile() -> Iterator[None]:
+    """Any recompile inside raises."""
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
+def count_calls(module: torch.fx.GraphModule, target: Callable[..., Any]) -> int:
+    return sum(node.target is target for node in module.graph.nodes)

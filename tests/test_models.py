@@ -1,0 +1,148 @@
+"""The invariants on small transformers and timm models, in the interpreter mode."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import transformers
+from helpers import gated_parameters, handed_over, no_recompile, reference, run, transformed
+
+import slimfit_fx
+
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+TIMM = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
+
+
+def text(length: int = 7, batch: int = 3) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": torch.randint(2, 50, (batch, length)),
+        "attention_mask": torch.ones(batch, length, dtype=torch.long),
+    }
+
+
+def labelled_text(length: int = 7) -> dict[str, torch.Tensor]:
+    return {**text(length), "labels": torch.randint(0, 2, (3,))}
+
+
+def next_token() -> dict[str, torch.Tensor | bool]:
+    return {**text(), "labels": torch.randint(2, 50, (3, 7)), "use_cache": False}
+
+
+def pixels(**more: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(3, 3, 32, 32), **more}
+
+
+MODELS = {
+    "bert": lambda: (
+        transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **SMALL)),
+        labelled_text(),
+    ),
+    "roberta": lambda: (
+        transformers.RobertaForSequenceClassification(transformers.RobertaConfig(vocab_size=50, **SMALL)),
+        labelled_text(),
+    ),
+    "gpt2": lambda: (
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2)),
+        next_token(),
+    ),
+    "llama": lambda: (
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, num_key_value_heads=1, **SMALL)),
+        next_token(),
+    ),
+    "vit": lambda: (
+        transformers.ViTForImageClassification(transformers.ViTConfig(image_size=32, patch_size=8, **SMALL)),
+        pixels(labels=torch.randint(0, 2, (3,))),
+    ),
+    "timm_vit": lambda: (timm.models.VisionTransformer(**TIMM), {"x": torch.randn(3, 3, 32, 32)}),
+    "timm_deit": lambda: (
+        timm.models.deit.VisionTransformerDistilled(**TIMM),
+        {"x": torch.randn(3, 3, 32, 32)},
+    ),
+}
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    torch.manual_seed(0)
+    model, inputs = MODELS[request.param]()
+    return model.train(), inputs
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return dict(rtol=1e-4, atol=1e-5) if dtype is torch.float32 else dict(rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_forward_gradients_and_bytes(case, autocast):
+    model, inputs = case
+    plain, slim = reference(model), transformed(model, freeze_rate=0.5)
+    gates = slimfit_fx.gates(slim)
+    close = tolerance(torch.bfloat16 if autocast else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected, expected_gradients = run(plain, inputs)
+        for frozen in choices(slim):
+            gates.set(set(gates.names) - frozen)
+            assert slimfit_fx.gates(slim).closed == [name for name in gates.names if name in frozen]
+            outputs, found = run(slim, inputs)
+            assert all(map(torch.equal, tensors(outputs), tensors(expected)))
+            layer_of = gated_parameters(slim)
+            for name, gradient in expected_gradients.items():
+                if layer_of.get(name) in frozen:
+                    assert found[name] is None, name
+                else:
+                    torch.testing.assert_close(found[name], gradient, **close)
+            outputs = slim(**inputs)
+            assert slimfit_fx.report(slim).saved_bytes_after == handed_over(outputs, slim, inputs)
+
+
+def choices(model: torch.nn.Module) -> list[set[str]]:
+    """Frozen sets: nothing, half of the layers, all of them."""
+    names = slimfit_fx.gates(model).names
+    return [set(), set(names[::2]), set(names)]
+
+
+def tensors(outputs) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def test_every_linear_layer_is_conditional(case):
+    """All matrices that a linear layer multiplies with skip their gradient, not only drop it."""
+    model, inputs = case
+    slim = transformed(model)
+    slim(**inputs)
+    session = slimfit_fx.transform.__globals__["session_of"](slim)
+    dropped = {session.layers[g.layer].name for g in session.captures[-1].plan.gradients if not g.conditional}
+    tied = getattr(model.config, "tie_word_embeddings", False) if hasattr(model, "config") else False
+    for name, module in slim.named_modules():
+        if isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D)) and f"{name}.weight" in session.gates:
+            assert f"{name}.weight" not in dropped or tied
+
+
+def test_changing_sizes_recompile_once(case):
+    """Batch size and sequence length: dynamic shapes after one recompile, with the same gradients."""
+    model, inputs = case
+    plain, slim = reference(model), transformed(model, freeze_rate=0.5)
+    run(slim, inputs)
+
+    def resized(batch: int):
+        return {k: v[:1].expand(batch, *v.shape[1:]).clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+    run(slim, resized(5))
+    with no_recompile():
+        for batch in (4, 7):
+            _, found = run(slim, resized(batch))
+    _, expected = run(plain, resized(7))
+    for name, gradient in found.items():
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_runs_untouched(case):
+    model, inputs = case
+    slim = transformed(model).eval()
+    expected = model.eval()(**inputs)
+    assert all(map(torch.equal, tensors(slim(**inputs)), tensors(expected)))
+    with torch.no_grad():
+        slim.train()(**inputs)
+    assert not slimfit_fx.transform.__globals__["session_of"](slim).captures
