@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx
@@ -35,12 +35,20 @@ _ROLE_BY_READER = {
 }
 
 
-def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient]) -> Plan:
-    """The plan of `split`. Bytes are counted once a storage, and not at all where the caller holds it anyway."""
+def make_plan(
+    split: SplitGraph, gradients: Sequence[GatedGradient], activations: Collection[int] = frozenset()
+) -> Plan:
+    """The plan of `split`. Bytes are counted once a storage, and not at all where the caller holds it anyway.
+
+    Args:
+        split: with the passes' operators in it.
+        gradients: what `gate_dynamic` returned.
+        activations: positions of inputs that only the saved tensors of this graph hold: they count.
+    """
     counted: set[StorageWeakRef] = {
         storage_of(node)
-        for node in split.forward.graph.find_nodes(op="placeholder")
-        if isinstance(node.meta.get("val"), torch.Tensor)
+        for position, node in split.inputs().items()
+        if isinstance(node.meta.get("val"), torch.Tensor) and position not in activations
     }
     plan = Plan(gradients=list(gradients))
     for produced, taken in split.saved():

@@ -37,11 +37,13 @@ class Capture:
 
     Attributes:
         layers: the layer of each gated parameter, by its position among the inputs of the captured graph.
+        activations: positions of inputs that an earlier graph of the same forward made (after a graph break).
         split: the rewritten pair; None until the first training call compiled it.
         plan: of `split`.
     """
 
     layers: Mapping[int, int]
+    activations: frozenset[int] = frozenset()
     split: SplitGraph | None = None
     plan: Plan = field(default_factory=Plan)
 
@@ -82,7 +84,7 @@ class _Partitioner(CustomPartitionerFn):
         joint = JointGraph(gm, options.pop("num_fwd_outputs"))
         gradients = gate_dynamic(joint, self.capture.layers)
         split = partition(joint, joint_inputs, **options)
-        self.capture.plan = make_plan(split, gradients)
+        self.capture.plan = make_plan(split, gradients, self.capture.activations)
         self.capture.split = split
         return split.forward, split.backward
 

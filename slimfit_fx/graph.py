@@ -11,7 +11,7 @@ outputs are the model's outputs and then one gradient, or None, per primal. The 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,8 +62,7 @@ class JointGraph:
     @property
     def inputs(self) -> dict[int, fx.Node]:
         """The model's inputs, parameters included, by their position in the captured graph."""
-        primals = [node for node in self.graph.find_nodes(op="placeholder") if "tangents" not in node.name]
-        return {_position(node, order): node for order, node in enumerate(primals)}
+        return _inputs(self.graph)
 
     @property
     def outputs(self) -> list[Any]:
@@ -141,7 +140,10 @@ class SplitGraph:
     forward: fx.GraphModule
     backward: fx.GraphModule
     num_outputs: int
-    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def inputs(self) -> dict[int, fx.Node]:
+        """The forward's inputs, parameters included, by their position in the captured graph."""
+        return _inputs(self.forward.graph)
 
     def saved(self) -> Iterator[tuple[fx.Node, fx.Node]]:
         """Every saved tensor as (node of the forward, placeholder of the backward), in the order of handing over."""
@@ -191,10 +193,10 @@ def readers(node: fx.Node) -> Iterator[fx.Node]:
                 yield user
 
 
-def _position(node: fx.Node, order: int) -> int:
-    """The position of a primal among the inputs of the captured graph, whatever AOTAutograd did to their order."""
-    description = node.meta.get("desc")
-    return getattr(description, "idx", order)
+def _inputs(graph: fx.Graph) -> dict[int, fx.Node]:
+    """The primals of a graph by their position in the captured graph, whatever AOTAutograd did to their order."""
+    primals = [node for node in graph.find_nodes(op="placeholder") if "tangents" not in node.name]
+    return {getattr(node.meta.get("desc"), "idx", order): node for order, node in enumerate(primals)}
 
 
 def _is_tensor(node: Any) -> bool:

@@ -53,7 +53,8 @@ class Session:
             for position, tensor in enumerate(inputs)
             if id(tensor) in self._layer_of
         }
-        capture = Capture(layers)
+        activations = (i for i, tensor in enumerate(inputs) if isinstance(tensor, Tensor) and not tensor.is_leaf)
+        capture = Capture(layers, frozenset(activations))
         compiled = compile_capture(module, inputs, capture, self.gates.table, self.config.mode)
         self.captures.append(capture)
 
