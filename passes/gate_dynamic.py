@@ -163,7 +163,7 @@ def _insert_pass_gradient(joint: JointGraph, snapshot: fx.Node, layer: int, grad
 
 def _rows(match: _LinearGradient) -> fx.Node:
     """The activation as [n, k], a row per token: as a product's first factor it comes transposed."""
-    first, _ = match.product.args
-    if match.activation is first and first.target in _TRANSPOSES:
-        return first.all_input_nodes[0]
-    return match.activation
+    activation = match.activation
+    if activation is match.product.args[0] and activation.target in _TRANSPOSES:
+        return activation.all_input_nodes[0]
+    return activation

@@ -14,22 +14,34 @@ from slimfit_fx.plan import GatedGradient, Plan, SavedTensor
 
 _ops = torch.ops.slimfit_fx
 
-# The role of a saved tensor by the operator that reads it in the backward, as it was before decomposition.
+# The role of a saved tensor by the operator that reads it in the backward, as it was before decomposition. An operator
+# of the forward is among them where the backward computes it again. The first match counts.
 _ROLE_BY_READER = {
     "native_layer_norm_backward": "norm input",
     "native_group_norm_backward": "norm input",
     "native_batch_norm_backward": "norm input",
     "_fused_rms_norm_backward": "norm input",
+    "native_layer_norm": "norm input",
+    "native_group_norm": "norm input",
+    "_fused_rms_norm": "norm input",
     "gelu_backward": "activation input",
     "silu_backward": "activation input",
+    "gelu": "activation input",
+    "silu": "activation input",
     "threshold_backward": "activation output",
     "tanh_backward": "activation output",
     "sigmoid_backward": "activation output",
     "_softmax_backward_data": "softmax output",
     "_log_softmax_backward_data": "logits",
+    "_log_softmax": "logits",
     "native_dropout_backward": "dropout mask",
     "embedding_dense_backward": "indices",
     "bmm": "attention operand",
+    "_scaled_dot_product_attention_math": "attention operand",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": "attention operand",
+    "_scaled_dot_product_flash_attention_backward": "attention operand",
+    "_scaled_dot_product_efficient_attention_backward": "attention operand",
+    "_scaled_dot_product_cudnn_attention_backward": "attention operand",
     "convolution_backward": "convolution input",
     "mm": "linear input",
 }
@@ -122,4 +134,3 @@ def _module_of(node: fx.Node) -> str:
     path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
     path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
     return re.sub(r"^(L\.)?(self|model)\b", "", path).strip(".")
-

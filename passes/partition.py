@@ -21,9 +21,7 @@ def partition(joint: JointGraph, inputs: Any, **options: Any) -> SplitGraph:
     """
     total = joint.num_outputs + joint.extra_outputs
     with functorch_config.patch(ban_recompute_materialized_backward=False):
-        forward, backward = min_cut_rematerialization_partition(
-            joint.module, inputs, num_fwd_outputs=total, **options
-        )
+        forward, backward = min_cut_rematerialization_partition(joint.module, inputs, num_fwd_outputs=total, **options)
     output = forward.graph.find_nodes(op="output")[0]
     (results,) = output.args
     output.args = ([*results[: joint.num_outputs], *results[total:]],)  # type: ignore[index]

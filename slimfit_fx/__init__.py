@@ -1,6 +1,6 @@
 """Memory-efficient fine-tuning of transformers inside torch.compile.
 
-    model = slimfit_fx.transform(model)
+model = slimfit_fx.transform(model)
 """
 
 from .config import Config as Config

@@ -1,11 +1,11 @@
 """From the graph that Dynamo captured to the compiled pair: the one list of passes, in order.
 
-    expose_gates     the gate table becomes an input
-    AOTAutograd      traces the joint graph
-    gate_dynamic     conditional activations and weight gradients
-    partition        min-cut into forward and backward
-    make_plan        label every saved tensor
-    Inductor, or the FX interpreter
+expose_gates     the gate table becomes an input
+AOTAutograd      traces the joint graph
+gate_dynamic     conditional activations and weight gradients
+partition        min-cut into forward and backward
+make_plan        label every saved tensor
+Inductor, or the FX interpreter
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
@@ -27,7 +27,7 @@ from torch._inductor.decomposition import select_decomp_table
 from . import ops as ops
 from .errors import BackendError, SlimFitError
 from .graph import JointGraph, SplitGraph
-from .passes import expose_gates, gate_dynamic, make_plan, partition
+from slimfit_fx.passes import expose_gates, gate_dynamic, make_plan, partition
 from .plan import Plan
 
 
@@ -38,12 +38,15 @@ class Capture:
     Attributes:
         layers: the layer of each gated parameter, by its position among the inputs of the captured graph.
         activations: positions of inputs that an earlier graph of the same forward made (after a graph break).
+        retainable: whether `backward(retain_graph=True)` works; otherwise the backward reuses the memory of saved
+            tensors ("donated buffers").
         split: the rewritten pair; None until the first training call compiled it.
         plan: of `split`.
     """
 
     layers: Mapping[int, int]
     activations: frozenset[int] = frozenset()
+    retainable: bool = False
     split: SplitGraph | None = None
     plan: Plan = field(default_factory=Plan)
 
@@ -59,9 +62,12 @@ def compile_capture(
     try:
         exposed, example_inputs = expose_gates(module, inputs, gates)
         partitioner = _Partitioner(capture)
-        if mode == "eager":
-            return _interpret(exposed, example_inputs, partitioner)
-        return _inductor(exposed, example_inputs, partitioner)
+        capture.retainable = mode == "eager" or not functorch_config.donated_buffer
+        compiler = _interpret if mode == "eager" else _inductor
+        # AOTAutograd's own cache would skip the passes, and with them plan and report. Inductor's cache of generated
+        # code stays on: its key is the rewritten graph itself.
+        with functorch_config.patch(enable_autograd_cache=False, donated_buffer=not capture.retainable):
+            return compiler(exposed, example_inputs, partitioner)
     except SlimFitError:
         raise
     except Exception as error:
@@ -94,15 +100,13 @@ class _Partitioner(CustomPartitionerFn):
 
 
 def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Partitioner) -> Callable[..., Any]:
-    # AOTAutograd's own cache would skip the passes, and with them plan and report. Inductor's cache of generated
-    # code stays on: its key is the rewritten graph itself.
-    with torch._functorch.config.patch(enable_autograd_cache=False):
-        return compile_fx(
-            module,
-            inputs,
-            inner_compile=functools.partial(_compile_inner, partitioner.capture),
-            config_patches={"custom_partitioner_fn": partitioner},
-        )
+    compiled = compile_fx(
+        module,
+        inputs,
+        inner_compile=functools.partial(_compile_inner, partitioner.capture),
+        config_patches={"custom_partitioner_fn": partitioner},
+    )
+    return cast("Callable[..., Any]", compiled)
 
 
 def _compile_inner(capture: Capture, gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
@@ -102,9 +103,7 @@ class JointGraph:
         for node in self.graph.nodes:
             if node.op == "output":
                 continue
-            if "tangents" in node.name and node.op == "placeholder":
-                closure.add(node)
-            elif not closure.isdisjoint(node.all_input_nodes):
+            if ("tangents" in node.name and node.op == "placeholder") or not closure.isdisjoint(node.all_input_nodes):
                 closure.add(node)
         return closure
 
@@ -204,4 +203,4 @@ def _is_tensor(node: Any) -> bool:
 
 
 def _tensors(values: Any) -> Sequence[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._autograd import _get_current_graph_task_keep_graph  # type: ignore[import-not-found]
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -64,7 +65,7 @@ class Session:
             self.active.append(capture)
             self.scheduler.step()
             outputs = compiled(*arguments, self.gates.table)
-            _refuse_double_backward(outputs)
+            _watch_backward(outputs, capture)
             return outputs
 
         return run
@@ -92,17 +93,22 @@ def _listen_to_optimizers(scheduler: Scheduler) -> Callable[[], None]:
     return remove
 
 
-def _refuse_double_backward(outputs: Iterable[Any]) -> None:
-    """Arms the outputs' backward to name the limit at once: torch fails only at the second backward, and later."""
+def _watch_backward(outputs: Iterable[Any], capture: Capture) -> None:
+    """Makes the outputs' backward name what it cannot do; torch would fail later, or speak of its own internals."""
+
+    def check(_: Any) -> None:
+        if torch.is_grad_enabled():
+            raise BackwardError(
+                "backward(create_graph=True) needs a second backward, which compiled graphs do not have. "
+                "Use slimfit_fx.undo(model) for the steps that differentiate gradients."
+            )
+        if _get_current_graph_task_keep_graph() and not capture.retainable:
+            raise BackwardError(
+                "backward(retain_graph=True): the compiled backward reuses the memory of saved tensors. Set "
+                "torch._functorch.config.donated_buffer = False before the model's first training call to allow it."
+            )
+
     for output in outputs:
         if isinstance(output, Tensor) and output.grad_fn is not None:
-            output.grad_fn.register_prehook(_check_backward)
+            output.grad_fn.register_prehook(check)
             return
-
-
-def _check_backward(gradients: Any) -> None:
-    if torch.is_grad_enabled():
-        raise BackwardError(
-            "backward(create_graph=True) needs a second backward, which compiled graphs do not have. "
-            "Use slimfit_fx.undo(model) for the steps that differentiate gradients."
-        )

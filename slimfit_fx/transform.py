@@ -156,4 +156,3 @@ def _check_version(version: str) -> None:
     if found < _OLDEST_TORCH:
         oldest = ".".join(map(str, _OLDEST_TORCH))
         raise VersionError(f"slimfit_fx needs torch {oldest} or newer, found {version}; pip install 'torch>={oldest}'")
-

@@ -50,7 +50,9 @@ def loss_of(outputs: Any) -> Tensor:
     tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     if not tensors:
         tensors = [value for value in outputs.values() if isinstance(value, Tensor)]
-    return sum((t.float() * torch.linspace(0.5, 1.5, t.numel()).view(t.shape)).sum() for t in tensors if t.requires_grad)
+    return sum(
+        (t.float() * torch.linspace(0.5, 1.5, t.numel()).view(t.shape)).sum() for t in tensors if t.requires_grad
+    )
 
 
 def run(model: nn.Module, inputs: dict[str, Any], seed: int = 0) -> tuple[Any, dict[str, Tensor | None]]:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import copy
 
 import torch
-from helpers import count_calls, gated_parameters, handed_over, loss_of, no_recompile, reference, run, transformed
+from helpers import (
+    count_calls,
+    gated_parameters,
+    handed_over,
+    loss_of,
+    no_recompile,
+    reference,
+    run,
+    transformed,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from programs import Program, programs
@@ -25,7 +34,7 @@ def assert_gradients_match(found, expected, frozen=()):
         else:
             # the same operators on the same numbers; a kept copy may have another memory order, hence rounding
             tolerance = 1e-5 if gradient.dtype == torch.float32 else 2e-2
-            torch.testing.assert_close(found[name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(found[name], gradient, rtol=tolerance, atol=tolerance, msg=f"gradient of {name}")
 
 
 def choose_gates(data, model) -> set[str]:

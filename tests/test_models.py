@@ -115,7 +115,10 @@ def test_every_linear_layer_is_conditional(case):
     dropped = {session.layers[g.layer].name for g in session.captures[-1].plan.gradients if not g.conditional}
     tied = getattr(model.config, "tie_word_embeddings", False) if hasattr(model, "config") else False
     for name, module in slim.named_modules():
-        if isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D)) and f"{name}.weight" in session.gates:
+        if (
+            isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D))
+            and f"{name}.weight" in session.gates
+        ):
             assert f"{name}.weight" not in dropped or tied
 
 
@@ -126,7 +129,10 @@ def test_changing_sizes_recompile_once(case):
     run(slim, inputs)
 
     def resized(batch: int):
-        return {k: v[:1].expand(batch, *v.shape[1:]).clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        return {
+            k: v[:1].expand(batch, *v.shape[1:]).clone() if isinstance(v, torch.Tensor) else v
+            for k, v in inputs.items()
+        }
 
     run(slim, resized(5))
     with no_recompile():

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimfit_fx import Config, ConfigError
+from slimfit_fx.config import GRANULARITIES, MODES, POLICIES
+
+configs = st.builds(
+    Config,
+    freeze_rate=st.floats(0, 1),
+    policy=st.sampled_from(POLICIES),
+    granularity=st.sampled_from(GRANULARITIES),
+    always_open=st.none() | st.lists(st.sampled_from(["head", r"\d+"])).map(tuple),
+    never_gate=st.lists(st.sampled_from(["embed", r"norm\."])).map(tuple),
+    mode=st.sampled_from(MODES),
+    seed=st.integers(0, 2**31),
+)
+
+
+@given(configs)
+def test_json_round_trip(config):
+    assert Config.from_json(config.to_json()) == config
+
+
+def test_absent_fields_keep_their_defaults():
+    assert Config.from_json("{}") == Config()
+
+
+def test_one_pattern_may_be_a_string():
+    assert Config(never_gate="embed").never_gate == ("embed",)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan"), "0.9", True, None])
+def test_freeze_rate_out_of_range(rate):
+    with pytest.raises(ConfigError, match="freeze_rate is the part of the layers"):
+        Config(freeze_rate=rate)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"preset": "exakt"}, "unknown preset 'exakt'; known: 'exact'. Did you mean 'exact'?"),
+        ({"policy": "lru"}, "unknown policy 'lru'; known: 'update', 'random', 'cyclic', 'static'."),
+        ({"mode": "triton"}, "unknown mode 'triton'"),
+        ({"granularity": "row"}, "unknown granularity 'row'"),
+        ({"never_gate": ("(",)}, "never_gate: '(' is not a regular expression"),
+        ({"always_open": (3,)}, "always_open: 3 is not a regular expression"),
+        ({"seed": 1.5}, "seed must be an int"),
+    ],
+)
+def test_bad_values_are_named(fields, message):
+    with pytest.raises(ConfigError) as error:
+        Config(**fields)
+    assert message in str(error.value)
+
+
+def test_unknown_field_suggests_the_right_one():
+    with pytest.raises(ConfigError, match="unknown config field 'freezing_rate'.*Did you mean 'freeze_rate'"):
+        Config().replace(freezing_rate=0.5)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{"])
+def test_bad_json(text):
+    with pytest.raises(ConfigError):
+        Config.from_json(text)

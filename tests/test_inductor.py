@@ -1,0 +1,125 @@
+"""What only generated code can show. Compiles a few small models; everything else is tested in the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import transformers
+from helpers import gated_parameters, handed_over, no_recompile, reference, run, transformed
+
+import slimfit_fx
+
+pytestmark = pytest.mark.inductor
+
+
+def small_bert():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        problem_type="single_label_classification",  # else the model sets it in its first forward: a recompile
+    )
+    inputs = {
+        "input_ids": torch.randint(2, 50, (4, 8)),
+        "attention_mask": torch.ones(4, 8, dtype=torch.long),
+        "labels": torch.randint(0, 2, (4,)),
+    }
+    return transformers.BertForSequenceClassification(config).train(), inputs
+
+
+def test_bert():
+    """The invariants under Inductor, and 200 steps with random gates without a recompile."""
+    model, inputs = small_bert()
+    expected, expected_gradients = run(reference(model, "inductor"), inputs)
+    slim = transformed(model, mode="inductor", freeze_rate=0.5)
+    gates, layer_of = slimfit_fx.gates(slim), gated_parameters(slim)
+    outputs, _ = run(slim, inputs)
+    assert torch.equal(outputs.logits, expected.logits)
+    assert torch.equal(outputs.loss, expected.loss)
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = {}
+    with no_recompile():
+        for _ in range(200):
+            gates.set_flags((torch.rand(len(gates), generator=generator) < 0.5).tolist())
+            outputs, found = run(slim, inputs)
+            for name, gradient in expected_gradients.items():
+                if name in layer_of and not gates[layer_of[name]]:
+                    assert found[name] is None
+                else:
+                    torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+        for open_names in ([], gates.names[:6], gates.names):
+            gates.set(open_names)
+            outputs = slim(**inputs)
+            sizes[len(open_names)] = handed_over(outputs, slim, inputs)
+            assert slimfit_fx.report(slim).saved_bytes_after == sizes[len(open_names)]
+    assert sizes[0] < sizes[6] < sizes[len(gates)]
+
+
+def test_autocast_and_changing_sizes():
+    """bf16 products, dynamic batch and width of the input: one recompile, then none."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.LayerNorm(32), torch.nn.Linear(32, 8)
+    )
+    plain, slim = reference(model, "inductor"), transformed(model, mode="inductor", always_open=())
+    gates = slimfit_fx.gates(slim)
+    with torch.autocast("cpu", torch.bfloat16):
+        for batch in (4, 6):
+            run(slim, {"input": torch.randn(batch, 3, 16)})
+        with no_recompile():
+            for batch, frozen in ((7, set()), (9, {"0.weight"}), (5, {"0.weight", "3.weight"})):
+                gates.set(set(gates.names) - frozen)
+                x = torch.randn(batch, 3, 16)
+                _, found = run(slim, {"input": x})
+                _, expected = run(plain, {"input": x})
+                assert {name for name, gradient in found.items() if gradient is None} == frozen
+                for name in found.keys() - frozen:
+                    assert found[name].dtype is torch.float32
+                    torch.testing.assert_close(found[name], expected[name], rtol=2e-2, atol=2e-2)
+
+
+_WARM = textwrap.dedent(
+    """
+    import json, sys, torch, slimfit_fx
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    slimfit_fx.transform(model, always_open=(), freeze_rate=0.0, **json.loads(sys.argv[1]))
+    gates = slimfit_fx.gates(model)
+    gates.set([])
+    model(torch.ones(4, 8)).sum().backward()
+    row = slimfit_fx.report(model)
+    frozen = sorted(name for name, p in model.named_parameters() if p.grad is None)
+    hits = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"]
+    print(json.dumps([frozen, row.saved_bytes_before, row.saved_bytes_after, hits]))
+    """
+)
+
+
+def test_a_warm_cache_never_gives_another_configurations_code(tmp_path):
+    """Pins the trap that an AOTAutograd cache hit skips the passes: four processes, one cache folder."""
+
+    def process(**config):
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", _WARM, json.dumps(config)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    *cold, hits = process()
+    assert cold[0] == ["0.weight", "2.weight", "3.weight"]
+    assert hits == 0
+    *other, _ = process(never_gate=["^2"])
+    assert other[0] == ["0.weight", "3.weight"]
+    for expected, config in ((cold, {}), (other, {"never_gate": ["^2"]})):
+        *warm, hits = process(**config)
+        assert warm == expected
+        assert hits > 0, "the generated code was not found again"
