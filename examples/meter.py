@@ -26,6 +26,11 @@ class PeakMemory:
             Path("/proc/self/clear_refs").write_text("5")
             self.base = _status("VmRSS")
 
+    def current(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device) - self.base
+        return _status("VmRSS") - self.base
+
     def peak(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.base

@@ -24,10 +24,11 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 
+from slimfit_fx.passes import expose_gates, gate_dynamic, make_plan, partition
+
 from . import ops as ops
 from .errors import BackendError, SlimFitError
 from .graph import JointGraph, SplitGraph
-from slimfit_fx.passes import expose_gates, gate_dynamic, make_plan, partition
 from .plan import Plan
 
 
@@ -72,7 +73,8 @@ def compile_capture(
         raise
     except Exception as error:
         raise BackendError(
-            f"slimfit_fx could not compile a graph of {len(module.graph.nodes)} nodes: {type(error).__name__}: {error}\n"
+            f"slimfit_fx could not compile a graph of {len(module.graph.nodes)} nodes: "
+            f"{type(error).__name__}: {error}\n"
             "Run with mode='eager' to see whether a pass or the code generator is at fault; slimfit_fx.undo(model) "
             "gives the untouched model back."
         ) from error

@@ -1,0 +1,135 @@
+"""Measures one method on one setting in this process, and prints one JSON line.
+
+    python benchmarks/measure.py exact --setting bert4 --freeze-rate 0.9
+
+Resident memory is only meaningful when freed memory goes back at once: `compare.py` sets glibc's thresholds for the
+processes that it starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from meter import PeakMemory  # noqa: E402
+
+import slimfit_fx  # noqa: E402
+
+METHODS = ("eager", "compile", "exact")
+
+
+def bert(layers: int, batch: int) -> tuple[nn.Module, dict[str, Any]]:
+    """BERT-base's width at sequence length 128 with dropout 0.1, random weights and tokens."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(num_hidden_layers=layers, problem_type="single_label_classification")
+    inputs = {
+        "input_ids": torch.randint(0, 30000, (batch, 128)),
+        "attention_mask": torch.ones(batch, 128, dtype=torch.long),
+        "labels": torch.randint(0, 2, (batch,)),
+    }
+    return BertForSequenceClassification(config), inputs
+
+
+def minilm() -> tuple[nn.Module, dict[str, Any]]:
+    """The text example's architecture and shapes: 6 layers of width 384, batch 32, 48 tokens."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        hidden_size=384,
+        num_hidden_layers=6,
+        intermediate_size=1536,
+        problem_type="single_label_classification",
+    )
+    inputs = {
+        "input_ids": torch.randint(0, 30000, (32, 48)),
+        "attention_mask": torch.ones(32, 48, dtype=torch.long),
+        "labels": torch.randint(0, 2, (32,)),
+    }
+    return BertForSequenceClassification(config), inputs
+
+
+SETTINGS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
+    "bert4": lambda: bert(layers=4, batch=16),
+    "bert12": lambda: bert(layers=12, batch=4),
+    "minilm": minilm,
+}
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    # without state: the activations are what is looked at
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-4),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model, inputs = SETTINGS[options.setting]()
+    device = torch.device(options.device)
+    model.to(device).train()
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    if options.method == "compile":
+        model.compile()
+    elif options.method != "eager":
+        slimfit_fx.transform(model, preset=options.method, freeze_rate=options.freeze_rate)
+    optimizer = OPTIMIZERS[options.optimizer](model.parameters())
+    memory = PeakMemory(device)
+
+    def step() -> dict[str, float]:
+        gc.collect()
+        memory.start()
+        start = time.perf_counter()
+        loss = model(**inputs).loss
+        saved = memory.current()
+        loss.backward()
+        _synchronize(device)
+        peak = memory.peak()
+        optimizer.step()
+        optimizer.zero_grad()
+        _synchronize(device)
+        return {"seconds": time.perf_counter() - start, "saved_bytes": saved, "peak_bytes": peak}
+
+    first = step()["seconds"]
+    for _ in range(2):
+        step()
+    rows = [step() for _ in range(options.steps)]
+    seconds = sorted(row["seconds"] for row in rows)
+    return {
+        **vars(options),
+        "first_step_seconds": first,
+        "step_seconds": statistics.median(seconds),
+        "step_seconds_spread": [seconds[0], seconds[-1]],
+        "saved_bytes": statistics.median(row["saved_bytes"] for row in rows),
+        "peak_bytes": statistics.median(row["peak_bytes"] for row in rows),
+        "peak_bytes_max": max(row["peak_bytes"] for row in rows),
+    }
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("--setting", choices=SETTINGS, default="bert4")
+    parser.add_argument("--freeze-rate", type=float, default=0.9)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(parse())))

@@ -1,0 +1,72 @@
+"""The examples run from end to end on tiny data, models and steps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+
+
+@pytest.fixture
+def tiny_bert(tmp_path):
+    """A folder with a model and a tokenizer, as from_pretrained takes it."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", [["--mode=eager", "--freeze-rate=0.5"], ["--eager-baseline"]])
+def test_text(tiny_bert, method, capsys):
+    import finetune_text
+
+    rows = [{"text": f"{word} film", "label": int(word == "good")} for word in ("good", "bad")] * 60
+    data, out = tiny_bert / "data.csv", tiny_bert / "out.json"
+    with data.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    command = ["--model", str(tiny_bert), "--csv", str(data), "--json", str(out), "--device=cpu"]
+    command += ["--steps=25", "--batch=8", "--length=6", "--learning-rate=3e-2", *method]
+    result = finetune_text.main(command)
+    assert result["test_accuracy"] > 0.9
+    assert json.loads(out.read_text())["steps"] == 25
+    assert ("layers open." in capsys.readouterr().out) == ("--eager-baseline" not in method)
+
+
+def test_the_split_is_fixed_stratified_and_disjoint(tmp_path):
+    import finetune_text
+
+    data = tmp_path / "data.csv"
+    data.write_text("text,label\n" + "".join(f"sentence {i},{i % 2}\n" for i in range(853)))
+    options = finetune_text.parse(["--csv", str(data)])
+    splits = finetune_text.load_splits(options)
+    assert splits == finetune_text.load_splits(options)
+    texts = [text for rows in splits.values() for text, _ in rows]
+    assert len(set(texts)) == len(texts)
+    for part, size in finetune_text.SIZES.items():
+        assert len(splits[part]) == pytest.approx(size / 10, abs=2)
+        assert sum(label for _, label in splits[part]) == pytest.approx(size / 20, abs=2)
+
+
+def test_benchmark_table_shows_ratios_and_failures():
+    import compare
+
+    row = dict(freeze_rate=0.9, saved_bytes=2**20, peak_bytes=2**21, step_seconds=2.0, first_step_seconds=9.0)
+    half = {**row, "method": "exact", "saved_bytes": 2**19}
+    result = {"rounds": [[{**row, "method": "compile"}, half, {"method": "eager", "error": ["boom"]}]]}
+    text = compare.table(result)
+    assert "exact F=0.9" in text
+    assert "(0.50x)" in text
+    assert "failed" in text
