@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
 
@@ -58,6 +61,36 @@ def test_the_split_is_fixed_stratified_and_disjoint(tmp_path):
     for part, size in finetune_text.SIZES.items():
         assert len(splits[part]) == pytest.approx(size / 10, abs=2)
         assert sum(label for _, label in splits[part]) == pytest.approx(size / 20, abs=2)
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    """The format of MNIST's files: a magic number, the sizes, the bytes; gzipped."""
+    header = struct.pack(f">i{values.ndim}i", 0x800 + values.ndim, *values.shape)
+    path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
+
+
+def test_vision(tmp_path):
+    """A ViT learns to tell bright images from dark ones."""
+    import finetune_vision
+
+    config = transformers.ViTConfig(
+        image_size=28, patch_size=14, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.ViTModel(config).save_pretrained(tmp_path)
+    for part in ("train", "t10k"):
+        labels = np.arange(64) % 2
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", np.ones((64, 28, 28)) * labels[:, None, None] * 255)
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", labels)
+    command = ["--model", str(tmp_path), "--data", str(tmp_path), "--image-size=28", "--device=cpu", "--mode=eager"]
+    result = finetune_vision.main([*command, "--steps=20", "--batch=8", "--learning-rate=1e-2", "--freeze-rate=0.5"])
+    assert result["test_accuracy"] > 0.9
+
+
+def test_missing_data_is_named(tmp_path):
+    import finetune_vision
+
+    with pytest.raises(SystemExit, match="apt-get install dataset-fashion-mnist"):
+        finetune_vision.main(["--data", str(tmp_path)])
 
 
 def test_benchmark_table_shows_ratios_and_failures():
