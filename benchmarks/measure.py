@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from meter import PeakMemory  # noqa: E402
+from meter import PeakMemory
 
-import slimfit_fx  # noqa: E402
+import slimfit_fx
 
 METHODS = ("eager", "compile", "exact")
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 from torch._functorch.compile_utils import fx_graph_cse
+from torch._functorch.partitioners import must_recompute
 
 from slimfit_fx.graph import JointGraph, aten, base_of, readers
 from slimfit_fx.plan import GatedGradient
@@ -126,7 +127,8 @@ def _keep_activations(
     for activation, needed_by in layers.items():
         base = base_of(activation)
         other = any(reader in backward and reader not in products for reader in readers(activation))
-        if other or base.op == "placeholder" or base in results or activation in results:
+        given = base.op == "placeholder" or base in results or activation in results
+        if other or given or must_recompute(base):
             continue
         kept[activation] = joint.insert(
             _ops.keep.default,

@@ -105,7 +105,7 @@ def _hint(size: int | torch.SymInt) -> int:
 
 def _role(produced: fx.Node, taken: fx.Node) -> str:
     if base_of(produced).op == "placeholder":
-        return "parameter" if len(produced.meta["val"].shape) and produced.meta["val"].is_floating_point() else "input"
+        return "input or parameter"
     if produced.target is _ops.snapshot.default:
         return "gates"
     if _kept(produced) is not None:

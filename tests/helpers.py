@@ -15,6 +15,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import slimfit_fx
+from slimfit_fx.transform import session_of
 
 
 def reference(model: nn.Module, mode: str = "eager") -> nn.Module:
@@ -70,7 +71,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 
 def gated_parameters(model: nn.Module) -> dict[str, str]:
     """The layer of each gated parameter, by parameter name."""
-    session = slimfit_fx.transform.__globals__["session_of"](model)
+    session = session_of(model)
     return {name: layer.name for layer in session.layers for name in layer.parameters}
 
 

@@ -9,6 +9,7 @@ import transformers
 from helpers import gated_parameters, handed_over, no_recompile, reference, run, transformed
 
 import slimfit_fx
+from slimfit_fx.transform import session_of
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 TIMM = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
@@ -111,7 +112,7 @@ def test_every_linear_layer_is_conditional(case):
     model, inputs = case
     slim = transformed(model)
     slim(**inputs)
-    session = slimfit_fx.transform.__globals__["session_of"](slim)
+    session = session_of(slim)
     dropped = {session.layers[g.layer].name for g in session.captures[-1].plan.gradients if not g.conditional}
     tied = getattr(model.config, "tie_word_embeddings", False) if hasattr(model, "config") else False
     for name, module in slim.named_modules():
@@ -151,4 +152,27 @@ def test_evaluation_runs_untouched(case):
     assert all(map(torch.equal, tensors(slim(**inputs)), tensors(expected)))
     with torch.no_grad():
         slim.train()(**inputs)
-    assert not slimfit_fx.transform.__globals__["session_of"](slim).captures
+    assert not session_of(slim).captures
+
+
+def test_gradient_checkpointing():
+    """What a checkpointed block computes again is not kept for its linear layers; the gradients stay the same."""
+    torch.manual_seed(0)
+    model, inputs = MODELS["bert"]()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.config.attention_probs_dropout_prob = 0.0
+    kept = transformed(model, always_open=())
+    kept(**inputs)
+    model.gradient_checkpointing_enable()
+    _, expected = run(reference(model), inputs)
+    slim = transformed(model, freeze_rate=0.0)
+    _, found = run(slim, inputs)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+    slimfit_fx.gates(slim).set([])
+    _, found = run(slim, inputs)
+    assert {name for name, gradient in found.items() if gradient is None} == set(gated_parameters(slim))
+    assert slimfit_fx.report(slim).saved_bytes_before < slimfit_fx.report(kept).saved_bytes_before / 2

@@ -21,7 +21,7 @@ from slimfit_fx import (
     StateError,
     VersionError,
 )
-from slimfit_fx.transform import _check_version
+from slimfit_fx.transform import _check_version, session_of
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_retain_graph_works_in_the_interpreter(model):
 def test_retain_graph_is_refused_where_the_backward_reuses_memory(model):
     slimfit_fx.transform(model, mode="eager")
     loss = step(model)
-    slimfit_fx.transform.__globals__["session_of"](model).captures[0].retainable = False
+    session_of(model).captures[0].retainable = False
     with pytest.raises(BackwardError, match=r"donated_buffer = False"):
         loss.backward(retain_graph=True)
 
