@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import torch
 from helpers import (
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from programs import Program, programs
 
 import slimfit_fx
+from slimfit_fx.transform import session_of
 
 ops = torch.ops.slimfit_fx
 
@@ -73,7 +75,7 @@ def test_a_backward_uses_the_gates_of_its_own_forward(program: Program, data):
     run(slim, program.inputs())  # captured once
     slim.zero_grad()
 
-    losses, expected, expected_losses = [], {name: None for name, _ in model.named_parameters()}, []
+    losses, expected = [], {name: None for name, _ in model.named_parameters()}
     with no_recompile():
         for turn in range(3):
             frozen = choose_gates(data, slim)
@@ -85,7 +87,6 @@ def test_a_backward_uses_the_gates_of_its_own_forward(program: Program, data):
                     expected[name] = gradients[name] + (0 if expected[name] is None else expected[name])
         choose_gates(data, slim)
         sum(losses).backward()
-    del expected_losses
     assert_gradients_match({name: p.grad for name, p in slim.named_parameters()}, expected)
 
 
@@ -143,6 +144,20 @@ def test_every_gated_gradient_passes_a_gate(program: Program):
     linear = sum(n in ("linear", "linear_2d", "linear_no_bias", "projection") for n in program.steps)
     linear += sum({"branch": 3, "attention": 4, "gated_unit": 3}.get(n, 0) for n in program.steps)
     assert conditional == linear + 1  # and the head
+
+
+@given(programs((torch.float32,)), st.data())
+def test_a_closed_layer_multiplies_nothing(program: Program, data):
+    """Invariant 3: as many weight-gradient products run as linear layers are open."""
+    slim, inputs = transformed(program.model(), freeze_rate=0.5), program.inputs()
+    outputs = slim(**inputs)
+    gated = session_of(slim).captures[0].plan.gradients
+    choose_gates(data, slim)
+    outputs = slim(**inputs)
+    expected = sum(g.conditional and slimfit_fx.gates(slim).table[g.layer].item() for g in gated)
+    with mock.patch("slimfit_fx.ops.torch.mm", wraps=torch.mm) as products:
+        loss_of(outputs).backward()
+    assert products.call_count == expected
 
 
 @given(programs())
