@@ -36,10 +36,6 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self.device) - self.base
         return _status("VmHWM") - self.base
 
-    def total(self) -> int:
-        """All of the process's memory at its peak since `start`, weights and libraries included."""
-        return self.base + self.peak()
-
 
 def _status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -3,7 +3,7 @@
 expose_gates     the gate table becomes an input
 AOTAutograd      traces the joint graph
 gate_dynamic     conditional activations and weight gradients
-partition        min-cut into forward and backward
+partition        min-cut into forward and backward; both again if that saves an activation beside its kept copy
 make_plan        label every saved tensor
 Inductor, or the FX interpreter
 """
@@ -25,7 +25,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 
 from slimfit_fx import passes
-from slimfit_fx.passes import expose_gates, gate_dynamic, make_plan, partition
+from slimfit_fx.passes import expose_gates, gate_dynamic, make_plan, partition, saved_beside_kept
 
 from . import ops as ops
 from .errors import BackendError, SlimFitError
@@ -73,12 +73,7 @@ def compile_capture(
     except SlimFitError:
         raise
     except Exception as error:
-        raise BackendError(
-            f"slimfit_fx could not compile a graph of {len(module.graph.nodes)} nodes: "
-            f"{type(error).__name__}: {error}\n"
-            "Run with mode='eager' to see whether a pass or the code generator is at fault; slimfit_fx.undo(model) "
-            "gives the untouched model back."
-        ) from error
+        raise _explained(error, module) from error
 
 
 class _Partitioner(CustomPartitionerFn):
@@ -90,9 +85,15 @@ class _Partitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        joint = JointGraph(gm, options.pop("num_fwd_outputs"))
-        gradients = gate_dynamic(joint, self.capture.layers)
-        split = partition(joint, joint_inputs, **options)
+        num_outputs, static = options.pop("num_fwd_outputs"), set()
+        while True:
+            joint = JointGraph.copy_of(gm, num_outputs)
+            gradients = gate_dynamic(joint, self.capture.layers, static)
+            split = partition(joint, joint_inputs, **options)
+            doubled = saved_beside_kept(split)
+            if not doubled:
+                break
+            static |= doubled
         self.capture.plan = make_plan(split, gradients, self.capture.activations)
         self.capture.split = split
         return split.forward, split.backward
@@ -113,8 +114,12 @@ def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Parti
 
 
 def _compile_inner(capture: Capture, gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-    compiled = compile_fx_inner(gm, inputs, **options)
-    return _drop_closed(compiled, capture) if options.get("is_backward") else compiled
+    if not options.get("is_backward"):
+        return compile_fx_inner(gm, inputs, **options)
+    try:
+        return _drop_closed(compile_fx_inner(gm, inputs, **options), capture)
+    except Exception as error:  # the first backward compiles the backward graph, long after `compile_capture`
+        raise _explained(error, gm) from error
 
 
 def _interpret(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Partitioner) -> Callable[..., Any]:
@@ -146,6 +151,14 @@ def _drop_closed(backward: Callable[..., Any], capture: Capture) -> Callable[...
         return gradients
 
     return _boxed(run)
+
+
+def _explained(error: Exception, module: fx.GraphModule) -> BackendError:
+    return BackendError(
+        f"slimfit_fx could not compile a graph of {len(module.graph.nodes)} nodes: {type(error).__name__}: {error}\n"
+        "Run with mode='eager' to see whether a pass or the code generator is at fault; slimfit_fx.undo(model) "
+        "gives the untouched model back."
+    )
 
 
 def _boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -55,6 +56,12 @@ class JointGraph:
     module: fx.GraphModule
     num_outputs: int
     extra_outputs: int = 0
+
+    @classmethod
+    def copy_of(cls, module: fx.GraphModule, num_outputs: int) -> JointGraph:
+        """A copy to rewrite, in which equal computations are one node: one view of an activation, for instance,
+        instead of one for each layer that reads it."""
+        return cls(fx.GraphModule(module, fx_graph_cse(module.graph)), num_outputs)
 
     @property
     def graph(self) -> fx.Graph:
@@ -154,11 +161,6 @@ class SplitGraph:
             if "tangents" not in node.name and _is_tensor(node)
         ]
         return zip(handed, taken, strict=True)
-
-    def gradients(self) -> list[Any]:
-        """What the backward returns: a node or None for each input of the forward."""
-        (results,) = self.backward.graph.find_nodes(op="output")[0].args
-        return list(results)  # type: ignore[arg-type]
 
     def lint(self) -> None:
         for module in (self.forward, self.backward):
