@@ -10,6 +10,7 @@ outputs are the model's outputs and then one gradient, or None, per primal. The 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,6 @@ VIEWS = frozenset(
         aten.detach.default,
         aten.expand.default,
         aten.permute.default,
-        aten.reshape.default,
         aten.select.int,
         aten.slice.Tensor,
         aten.squeeze.default,
@@ -155,12 +155,8 @@ class SplitGraph:
         """Every saved tensor as (node of the forward, placeholder of the backward), in the order of handing over."""
         (results,) = self.forward.graph.find_nodes(op="output")[0].args
         handed = [node for node in results[self.num_outputs :] if _is_tensor(node)]  # type: ignore[index]
-        taken = [
-            node
-            for node in self.backward.graph.find_nodes(op="placeholder")
-            if "tangents" not in node.name and _is_tensor(node)
-        ]
-        return zip(handed, taken, strict=True)
+        taken = filter(_is_tensor, self.backward.graph.find_nodes(op="placeholder"))
+        return zip(handed, itertools.islice(taken, len(handed)), strict=True)
 
     def lint(self) -> None:
         for module in (self.forward, self.backward):
@@ -196,7 +192,7 @@ def readers(node: fx.Node) -> Iterator[fx.Node]:
 
 def _inputs(graph: fx.Graph) -> dict[int, fx.Node]:
     """The primals of a graph by their position in the captured graph, whatever AOTAutograd did to their order."""
-    primals = [node for node in graph.find_nodes(op="placeholder") if "tangents" not in node.name]
+    primals = [node for node in graph.find_nodes(op="placeholder") if node.name.startswith("primals")]
     return {getattr(node.meta.get("desc"), "idx", order): node for order, node in enumerate(primals)}
 
 
