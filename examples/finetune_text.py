@@ -92,7 +92,7 @@ def packaged_file(package: str, suffix: str) -> Path:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = training.parser(__doc__, epochs=3, learning_rate=4e-4, baseline_learning_rate=1e-4)
+    parser = training.parser(__doc__, epochs=1, learning_rate=4e-4, baseline_learning_rate=1e-4)
     parser.add_argument("--length", type=int, default=48, help="tokens a sentence")
     parser.add_argument("--model", default=None, help="a name or folder for from_pretrained")
     parser.add_argument("--dataset", default=None, help="a name for datasets.load_dataset with text and label")

@@ -85,7 +85,8 @@ def test_autocast_and_changing_sizes():
                 assert {name for name, gradient in found.items() if gradient is None} == frozen
                 for name in found.keys() - frozen:
                     assert found[name].dtype is torch.float32
-                    torch.testing.assert_close(found[name], expected[name], rtol=2e-2, atol=2e-2)
+                    # fused kernels round intermediate values to bf16 (2**-8) in other places
+                    assert (found[name] - expected[name]).norm() <= 2**-7 * expected[name].norm()
 
 
 _WARM = textwrap.dedent(
