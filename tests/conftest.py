@@ -10,7 +10,7 @@ import torch
 
 torch.set_num_threads(2)
 # Two cores, graphs that are traced and compiled: time limits would only report how busy the machine is.
-hypothesis.settings.register_profile("graphs", deadline=None, max_examples=25, print_blob=True)
+hypothesis.settings.register_profile("graphs", deadline=None, max_examples=15, print_blob=True)
 hypothesis.settings.register_profile("quick", deadline=None, max_examples=4)
 hypothesis.settings.load_profile("graphs")
 
