@@ -24,7 +24,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 
-from slimfit_fx import passes
+from slimfit_fx.passes import __path__ as passes_path
 from slimfit_fx.passes import expose_gates, gate_dynamic, make_plan, partition, saved_beside_kept
 
 from . import ops as ops
@@ -169,7 +169,7 @@ def _boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
 
 @functools.cache
 def _source_hash() -> str:
-    folders = (Path(__file__).parent, *map(Path, passes.__path__))
+    folders = (Path(__file__).parent, *map(Path, passes_path))
     digest = hashlib.sha256()
     for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
         digest.update(path.read_bytes())
