@@ -29,41 +29,23 @@ import slimfit_fx
 METHODS = ("eager", "compile", "exact")
 
 
-def bert(layers: int, batch: int) -> tuple[nn.Module, dict[str, Any]]:
-    """BERT-base's width at sequence length 128 with dropout 0.1, random weights and tokens."""
+def bert(batch: int, length: int, **config: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A BERT classifier with dropout 0.1, random weights and tokens; BERT-base where `config` says nothing else."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(num_hidden_layers=layers, problem_type="single_label_classification")
     inputs = {
-        "input_ids": torch.randint(0, 30000, (batch, 128)),
-        "attention_mask": torch.ones(batch, 128, dtype=torch.long),
+        "input_ids": torch.randint(0, 30000, (batch, length)),
+        "attention_mask": torch.ones(batch, length, dtype=torch.long),
         "labels": torch.randint(0, 2, (batch,)),
     }
-    return BertForSequenceClassification(config), inputs
-
-
-def minilm() -> tuple[nn.Module, dict[str, Any]]:
-    """The text example's architecture and shapes: 6 layers of width 384, batch 32, 48 tokens."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(
-        hidden_size=384,
-        num_hidden_layers=6,
-        intermediate_size=1536,
-        problem_type="single_label_classification",
-    )
-    inputs = {
-        "input_ids": torch.randint(0, 30000, (32, 48)),
-        "attention_mask": torch.ones(32, 48, dtype=torch.long),
-        "labels": torch.randint(0, 2, (32,)),
-    }
-    return BertForSequenceClassification(config), inputs
+    return BertForSequenceClassification(BertConfig(problem_type="single_label_classification", **config)), inputs
 
 
 SETTINGS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
-    "bert4": lambda: bert(layers=4, batch=16),
-    "bert12": lambda: bert(layers=12, batch=4),
-    "minilm": minilm,
+    "bert4": lambda: bert(16, 128, num_hidden_layers=4),
+    "bert12": lambda: bert(4, 128),
+    # the text example's architecture and shapes
+    "minilm": lambda: bert(32, 48, hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
 }
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     # without state: the activations are what is looked at
