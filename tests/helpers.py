@@ -48,12 +48,16 @@ def transformed(model: nn.Module, **config: Any) -> nn.Module:
 
 def loss_of(outputs: Any) -> Tensor:
     """A scalar that depends on every float output."""
-    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    if not tensors:
-        tensors = [value for value in outputs.values() if isinstance(value, Tensor)]
     return sum(
-        (t.float() * torch.linspace(0.5, 1.5, t.numel()).view(t.shape)).sum() for t in tensors if t.requires_grad
+        (t.float() * torch.linspace(0.5, 1.5, t.numel()).view(t.shape)).sum()
+        for t in tensors(outputs)
+        if t.requires_grad
     )
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """The tensors in what a model returned, whatever container they are in."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def run(model: nn.Module, inputs: dict[str, Any], seed: int = 0) -> tuple[Any, dict[str, Tensor | None]]:
@@ -88,8 +92,7 @@ def handed_over(outputs: Any, model: nn.Module, inputs: dict[str, Any]) -> int:
 
 def compiled_functions(outputs: Any) -> set[Any]:
     """The autograd nodes of all compiled graphs that `outputs` were computed with."""
-    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    pending, seen = [t.grad_fn for t in tensors], set()
+    pending, seen = [t.grad_fn for t in tensors(outputs)], set()
     while pending:
         node = pending.pop()
         if node is not None and node not in seen:

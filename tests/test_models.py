@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import transformers
-from helpers import gated_parameters, handed_over, no_recompile, reference, run, transformed
+from helpers import gated_parameters, handed_over, no_recompile, reference, run, tensors, transformed
 
 import slimfit_fx
 from slimfit_fx.transform import session_of
@@ -101,10 +101,6 @@ def choices(model: torch.nn.Module) -> list[set[str]]:
     """Frozen sets: nothing, half of the layers, all of them."""
     names = slimfit_fx.gates(model).names
     return [set(), set(names[::2]), set(names)]
-
-
-def tensors(outputs) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
 def test_every_linear_layer_is_conditional(case):
