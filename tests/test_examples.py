@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +26,7 @@ def tiny_bert(tmp_path):
     config = transformers.BertConfig(
         vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
+    torch.manual_seed(0)  # the same model whichever tests ran before
     transformers.BertModel(config).save_pretrained(tmp_path)
     transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
     return tmp_path
@@ -76,6 +78,7 @@ def test_vision(tmp_path):
     config = transformers.ViTConfig(
         image_size=28, patch_size=14, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
+    torch.manual_seed(0)
     transformers.ViTModel(config).save_pretrained(tmp_path)
     for part in ("train", "t10k"):
         labels = np.arange(64) % 2
