@@ -16,14 +16,14 @@ its own output), then x is static, and the product reads it directly. The gradie
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 from torch._functorch.partitioners import must_recompute
 
-from slimfit_fx.graph import JointGraph, SplitGraph, aten, base_of, readers, storage_of
+from slimfit_fx.graph import JointGraph, aten, base_of, readers
 from slimfit_fx.plan import GatedGradient
 
 _ops = torch.ops.slimfit_fx
@@ -43,15 +43,12 @@ class _LinearGradient:
     dtype: torch.dtype
 
 
-def gate_dynamic(
-    joint: JointGraph, layers: Mapping[int, int], static: Collection[str] = frozenset()
-) -> list[GatedGradient]:
+def gate_dynamic(joint: JointGraph, layers: Mapping[int, int]) -> list[GatedGradient]:
     """Rewrites the gradients of gated parameters.
 
     Args:
         joint: its last input is the gate table.
         layers: the layer of each gated input, by the input's position.
-        static: names of activations that are saved whatever the gates say, as `saved_beside_kept` returned them.
 
     Returns:
         What became of each gradient, in the order of the inputs.
@@ -72,7 +69,7 @@ def gate_dynamic(
         match = _match(position, layer, gradients[position], backward)
         if match is not None:
             linear[position] = match
-    kept = _keep_activations(joint, snapshot, list(linear.values()), backward, static)
+    kept = _keep_activations(joint, snapshot, list(linear.values()), backward)
 
     results = []
     for position, layer in gated.items():
@@ -87,17 +84,6 @@ def gate_dynamic(
     joint.graph.lint()
     joint.module.recompile()
     return results
-
-
-def saved_beside_kept(split: SplitGraph) -> set[str]:
-    """Names of activations that the partitioner saved for another reader, although a kept copy is there.
-
-    A reader need not depend on an output's gradient to be part of the backward: tanh's derivative is 1 - x * x.
-    """
-    saved = [node for node, _ in split.saved()]
-    storages = {storage_of(node) for node in saved if base_of(node).target is not _ops.keep.default}
-    sources = [node.args[0] for node in split.forward.graph.nodes if node.target is _ops.keep.default]
-    return {source.name for source in sources if storage_of(source) in storages}
 
 
 def _match(position: int, layer: int, gradient: fx.Node, backward: set[fx.Node]) -> _LinearGradient | None:
@@ -129,7 +115,6 @@ def _keep_activations(
     snapshot: fx.Node,
     matches: list[_LinearGradient],
     backward: set[fx.Node],
-    static: Collection[str],
 ) -> dict[fx.Node, fx.Node]:
     """Inserts one `keep` for every activation that only matched products read in the backward."""
     products = {match.product for match in matches}
@@ -143,7 +128,7 @@ def _keep_activations(
         base = base_of(activation)
         other = any(reader in backward and reader not in products for reader in readers(activation))
         given = base.op == "placeholder" or base in results or activation in results
-        if other or given or must_recompute(base) or activation.name in static:
+        if other or given or must_recompute(base):
             continue
         kept[activation] = joint.insert(
             _ops.keep.default,

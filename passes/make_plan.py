@@ -7,122 +7,75 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from slimfit_fx.graph import SplitGraph, base_of, readers, storage_of
+from slimfit_fx.graph import base_of, hint, is_tensor, storage_bytes, storage_of
 from slimfit_fx.plan import GatedGradient, Plan, SavedTensor
+from slimfit_fx.presets import CodecRules
+from slimfit_fx.split_graph import SplitGraph
 
-_ops = torch.ops.slimfit_fx
+from .find_role import find_role
 
-# The role of a saved tensor by the operator that reads it in the backward, as it was before decomposition. An operator
-# of the forward is among them where the backward computes it again. The first match counts.
-_ROLE_BY_READER = {
-    "native_layer_norm_backward": "norm input",
-    "native_group_norm_backward": "norm input",
-    "native_batch_norm_backward": "norm input",
-    "_fused_rms_norm_backward": "norm input",
-    "native_layer_norm": "norm input",
-    "native_group_norm": "norm input",
-    "_fused_rms_norm": "norm input",
-    "gelu_backward": "activation input",
-    "silu_backward": "activation input",
-    "gelu": "activation input",
-    "silu": "activation input",
-    "threshold_backward": "activation output",
-    "tanh_backward": "activation output",
-    "sigmoid_backward": "activation output",
-    "_softmax_backward_data": "softmax output",
-    "_log_softmax_backward_data": "logits",
-    "_log_softmax": "logits",
-    "native_dropout_backward": "dropout mask",
-    "embedding_dense_backward": "indices",
-    "bmm": "attention operand",
-    "_scaled_dot_product_attention_math": "attention operand",
-    "_scaled_dot_product_flash_attention_for_cpu_backward": "attention operand",
-    "_scaled_dot_product_flash_attention_backward": "attention operand",
-    "_scaled_dot_product_efficient_attention_backward": "attention operand",
-    "_scaled_dot_product_cudnn_attention_backward": "attention operand",
-    "convolution_backward": "convolution input",
-    "mm": "linear input",
-}
+# Tensors this much smaller than the largest one are not worth an error.
+_SMALL = 64
 
 
 def make_plan(
-    split: SplitGraph, gradients: Sequence[GatedGradient], activations: Collection[int] = frozenset()
+    split: SplitGraph,
+    gradients: Sequence[GatedGradient],
+    rules: CodecRules,
+    activations: Collection[int] = frozenset(),
 ) -> Plan:
     """The plan of `split`. Bytes are counted once a storage, and not at all where the caller holds it anyway.
 
     Args:
         split: with the passes' operators in it.
         gradients: what `gate_dynamic` returned.
+        rules: which codec a saved tensor gets, by its role and its module.
         activations: positions of inputs that only the saved tensors of this graph hold: they count.
     """
-    counted: set[StorageWeakRef] = {
+    inputs = {
         storage_of(node)
         for position, node in split.inputs().items()
-        if isinstance(node.meta.get("val"), torch.Tensor) and position not in activations
+        if is_tensor(node) and position not in activations
     }
+    counted = set(inputs)
     plan = Plan(gradients=list(gradients))
     for produced, taken in split.saved():
         storage = storage_of(produced)
-        nbytes = 0 if storage in counted else _storage_bytes(produced)
-        counted.add(storage)
         kept = _kept(produced)
         value = (kept.args[0] if kept else produced).meta["val"]  # type: ignore[union-attr]
+        rows = hint(value.shape[0]) if kept else 0
         plan.saved.append(
             SavedTensor(
-                name=produced.name,
+                name=taken.name,
                 module=_module_of(produced),
-                role=_role(produced, taken),
+                role=find_role(produced, taken),
                 shape=tuple(int(size) if str(size).isdigit() else str(size) for size in value.shape),
                 dtype=str(value.dtype).removeprefix("torch."),
                 layers=tuple(kept.args[2]) if kept else (),  # type: ignore[arg-type]
-                nbytes=nbytes,
+                nbytes=0 if storage in counted else storage_bytes(produced, rows),
+                borrowed=storage in inputs,
+                rows=rows,
             )
         )
+        counted.add(storage)
+    _choose_codecs(plan, rules)
     return plan
+
+
+def _choose_codecs(plan: Plan, rules: CodecRules) -> None:
+    """Notes the codec of each tensor. What is much smaller than the others keeps its precision unless asked for."""
+    choices = [(row, *rules.chosen(row.role, row.module)) for row in plan.saved if not row.borrowed]
+    largest = max((row.nbytes for row, _, codec in choices if codec is not None), default=0)
+    for row, asked, codec in choices:
+        if asked or row.nbytes * _SMALL >= largest:
+            row.codec = codec
 
 
 def _kept(produced: fx.Node) -> fx.Node | None:
     """The `keep` behind a saved tensor; the partitioner may hand over a view of it."""
     base = base_of(produced)
-    return base if base.target is _ops.keep.default else None
-
-
-def _storage_bytes(node: fx.Node) -> int:
-    """Bytes of the storage behind a node; of a kept tensor, those of its open form."""
-    kept = _kept(node)
-    if kept is not None:
-        value = kept.args[0].meta["val"]  # type: ignore[union-attr]
-        return _hint(value.numel()) * value.element_size()
-    return _hint(node.meta["val"].untyped_storage().nbytes())
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    """A size as the capture saw it."""
-    return size if isinstance(size, int) else int(size.node.hint)
-
-
-def _role(produced: fx.Node, taken: fx.Node) -> str:
-    if base_of(produced).op == "placeholder":
-        return "input or parameter"
-    if produced.target is _ops.snapshot.default:
-        return "gates"
-    if _kept(produced) is not None:
-        return "linear input"
-    if produced.meta["val"].dtype is torch.bool:
-        return "dropout mask"
-    found = {_operator(reader) for reader in readers(taken)}
-    for operator, role in _ROLE_BY_READER.items():
-        if operator in found:
-            return role
-    return "other"
-
-
-def _operator(node: fx.Node) -> str:
-    """The name of the operator that a node computes, or is a part of the decomposition of."""
-    original = node.meta.get("original_aten", node.target)
-    return getattr(original, "__name__", str(original)).partition(".")[0]
+    return base if base.target is torch.ops.slimfit_fx.keep.default else None
 
 
 def _module_of(node: fx.Node) -> str:

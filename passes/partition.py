@@ -7,7 +7,8 @@ from typing import Any
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from slimfit_fx.graph import JointGraph, SplitGraph
+from slimfit_fx.graph import JointGraph
+from slimfit_fx.split_graph import SplitGraph
 
 
 def partition(joint: JointGraph, inputs: Any, **options: Any) -> SplitGraph:
@@ -29,6 +30,4 @@ def partition(joint: JointGraph, inputs: Any, **options: Any) -> SplitGraph:
         descriptions = list(output.meta["desc"])
         output.meta["desc"] = [*descriptions[: joint.num_outputs], *descriptions[total:]]
     forward.graph.eliminate_dead_code()
-    split = SplitGraph(forward, backward, joint.num_outputs)
-    split.lint()
-    return split
+    return SplitGraph(forward, backward, joint.num_outputs)

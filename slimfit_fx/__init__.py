@@ -3,6 +3,7 @@
 model = slimfit_fx.transform(model)
 """
 
+from . import codecs as codecs
 from .config import Config as Config
 from .errors import BackendError as BackendError
 from .errors import BackwardError as BackwardError
@@ -13,6 +14,7 @@ from .errors import StateError as StateError
 from .errors import VersionError as VersionError
 from .gates import Gates as Gates
 from .report import Report as Report
+from .roles import ROLES as ROLES
 from .scheduler import Scheduler as Scheduler
 from .transform import gates as gates
 from .transform import graphs as graphs

@@ -3,8 +3,11 @@
 expose_gates     the gate table becomes an input
 AOTAutograd      traces the joint graph
 gate_dynamic     conditional activations and weight gradients
-partition        min-cut into forward and backward; both again if that saves an activation beside its kept copy
-make_plan        label every saved tensor
+partition        min-cut into forward and backward
+make_plan        label every saved tensor: role, gates, codec
+save_derivatives instead of an activation function's input, where the codec says so
+rebuild          do not save what can be computed from what is saved
+compress         encode behind the producer, decode before the reader
 Inductor, or the FX interpreter
 """
 
@@ -25,12 +28,15 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 
 from slimfit_fx.passes import __path__ as passes_path
-from slimfit_fx.passes import expose_gates, gate_dynamic, make_plan, partition, saved_beside_kept
+from slimfit_fx.passes import compress, expose_gates, gate_dynamic, make_plan, partition, rebuild, save_derivatives
 
 from . import ops as ops
+from .config import Config
 from .errors import BackendError, SlimFitError
-from .graph import JointGraph, SplitGraph
+from .graph import JointGraph
 from .plan import Plan
+from .presets import CodecRules
+from .split_graph import SplitGraph
 
 
 @dataclass(eq=False)
@@ -54,7 +60,7 @@ class Capture:
 
 
 def compile_capture(
-    module: fx.GraphModule, inputs: Sequence[Any], capture: Capture, gates: Tensor, mode: str
+    module: fx.GraphModule, inputs: Sequence[Any], capture: Capture, gates: Tensor, config: Config
 ) -> Callable[..., Any]:
     """Compiles a graph from Dynamo; the result takes the graph's inputs and the gate table behind them.
 
@@ -63,9 +69,9 @@ def compile_capture(
     """
     try:
         exposed, example_inputs = expose_gates(module, inputs, gates)
-        partitioner = _Partitioner(capture)
-        capture.retainable = mode == "eager" or not functorch_config.donated_buffer
-        compiler = _interpret if mode == "eager" else _inductor
+        partitioner = _Partitioner(capture, CodecRules(config.preset, config.codecs))
+        capture.retainable = config.mode == "eager" or not functorch_config.donated_buffer
+        compiler = _interpret if config.mode == "eager" else _inductor
         # AOTAutograd's own cache would skip the passes, and with them plan and report. Inductor's cache of generated
         # code stays on: its key is the rewritten graph itself.
         with functorch_config.patch(enable_autograd_cache=False, donated_buffer=not capture.retainable):
@@ -79,28 +85,28 @@ def compile_capture(
 class _Partitioner(CustomPartitionerFn):
     """The passes from the joint graph to the plan, in the form that both compilers call."""
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, rules: CodecRules) -> None:
         self.capture = capture
+        self.rules = rules
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        num_outputs, static = options.pop("num_fwd_outputs"), set()
-        while True:
-            joint = JointGraph.copy_of(gm, num_outputs)
-            gradients = gate_dynamic(joint, self.capture.layers, static)
-            split = partition(joint, joint_inputs, **options)
-            doubled = saved_beside_kept(split)
-            if not doubled:
-                break
-            static |= doubled
-        self.capture.plan = make_plan(split, gradients, self.capture.activations)
+        joint = JointGraph.copy_of(gm, options.pop("num_fwd_outputs"))
+        gradients = gate_dynamic(joint, self.capture.layers)
+        split = partition(joint, joint_inputs, **options)
+        plan = make_plan(split, gradients, self.rules, self.capture.activations)
+        save_derivatives(split, plan)
+        rebuild(split, plan, self.rules.rebuild)
+        compress(split, plan)
+        split.finish()
+        self.capture.plan = plan
         self.capture.split = split
         return split.forward, split.backward
 
     def uuid(self) -> str:
-        """What the code depends on: the passes' sources and the gated inputs."""
-        return f"slimfit_fx {_source_hash()} {sorted(self.capture.layers.items())}"
+        """What the code depends on: the passes' sources, the gated inputs, the codecs."""
+        return f"slimfit_fx {_source_hash()} {sorted(self.capture.layers.items())} {self.rules}"
 
 
 def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Partitioner) -> Callable[..., Any]:

@@ -6,12 +6,14 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from .codecs import Codec
 from .errors import ConfigError, choose
+from .presets import PRESETS
+from .roles import ROLES
 
-PRESETS = ("exact",)
 POLICIES = ("update", "random", "cyclic", "static")
 GRANULARITIES = ("parameter", "module", "block")
 MODES = ("inductor", "eager")
@@ -26,7 +28,10 @@ class Config:
         0.95
 
     Attributes:
-        preset: how saved tensors are stored. `"exact"`: as they are, only the gates save memory.
+        preset: how saved tensors are stored. `"exact"`: as they are, but none that can be rebuilt; `"balanced"`: an
+            eighth of the bytes or less, at full accuracy; `"tight"`: the fewest bytes; `"paper"`: SlimFit's formats.
+        codecs: overrides of the preset: a codec, or None for as it is, by role (`slimfit_fx.ROLES`) or by a regular
+            expression that is searched in module paths, which goes before roles.
         freeze_rate: the part of the layers that is closed at each step, 0 <= F <= 1.
         policy: which layers are open next. `"update"`: those whose weights moved most, relative to their size, when
             they were last trained (the paper's inter-layer scheduling); `"random"`; `"cyclic"`: in turn; `"static"`:
@@ -40,7 +45,8 @@ class Config:
         seed: of the order of the first turn and of random policies.
     """
 
-    preset: str = "exact"
+    preset: str = "balanced"
+    codecs: Mapping[str, Codec | None] = field(default_factory=dict)
     freeze_rate: float = 0.9
     policy: str = "update"
     granularity: str = "parameter"
@@ -51,6 +57,7 @@ class Config:
 
     def __post_init__(self) -> None:
         choose("preset", self.preset, PRESETS)
+        object.__setattr__(self, "codecs", _codecs(self.codecs))
         choose("policy", self.policy, POLICIES)
         choose("granularity", self.granularity, GRANULARITIES)
         choose("mode", self.mode, MODES)
@@ -73,7 +80,9 @@ class Config:
         return dataclasses.replace(self, **overrides)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        options["codecs"] = {key: codec and codec.to_dict() for key, codec in self.codecs.items()}
+        return json.dumps(options)
 
     @classmethod
     def from_json(cls, text: str) -> Config:
@@ -84,7 +93,22 @@ class Config:
             raise ConfigError(f"not a JSON text: {error}") from error
         if not isinstance(fields, Mapping):
             raise ConfigError(f"a config is a JSON object, got {type(fields).__name__}")
+        codecs = fields.get("codecs", {}).items()
+        fields["codecs"] = {key: Codec.from_dict(codec) if codec else None for key, codec in codecs}
         return cls().replace(**fields)
+
+
+def _codecs(overrides: Any) -> dict[str, Codec | None]:
+    """`overrides` with their keys and values checked."""
+    if not isinstance(overrides, Mapping):
+        raise ConfigError(f"codecs is a mapping from role or regular expression to codec, got {overrides!r}")
+    for key, codec in overrides.items():
+        if codec is not None and not isinstance(codec, Codec):
+            raise ConfigError(
+                f"codecs[{key!r}] must be a codec, for example slimfit_fx.codecs.Quantize(8), or None; got {codec!r}"
+            )
+    _patterns("codecs", [key for key in overrides if key not in ROLES])
+    return dict(overrides)
 
 
 def _patterns(field: str, patterns: Any) -> tuple[str, ...]:

@@ -1,17 +1,14 @@
-"""The two forms of a captured training graph, and the only place that knows their calling conventions.
+"""Nodes and storages of captured graphs, and the joint graph.
 
 AOTAutograd traces a *joint graph*: inputs are the model's ("primals") and the gradients of its outputs ("tangents"),
-outputs are the model's outputs and then one gradient, or None, per primal. The partitioner cuts it into a
-*split graph*: a forward that also returns what the backward needs, and a backward.
-
-    forward:   primals                                    -> outputs, saved tensors, saved sizes
-    backward:  saved sizes, saved tensors, tangents       -> gradients
+outputs are the model's outputs and then one gradient, or None, per primal. The partitioner cuts it into a split
+graph (`split_graph.py`). These two files are the only ones that know the calling conventions.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import detect_fake_mode
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
@@ -70,7 +68,7 @@ class JointGraph:
     @property
     def inputs(self) -> dict[int, fx.Node]:
         """The model's inputs, parameters included, by their position in the captured graph."""
-        return _inputs(self.graph)
+        return inputs_of(self.graph)
 
     @property
     def outputs(self) -> list[Any]:
@@ -117,18 +115,7 @@ class JointGraph:
     def insert(self, target: Callable[..., Any], args: tuple[Any, ...], *, before: fx.Node, origin: fx.Node) -> fx.Node:
         """Adds a call in front of the node `before`; its fake value is computed, its origin is that of `origin`."""
         with self.graph.inserting_before(before):
-            node = self.graph.call_function(target, args)
-        node.meta = {key: origin.meta[key] for key in _ORIGIN if key in origin.meta}
-        fakes = fx.map_arg(args, lambda argument: argument.meta["val"])
-        mode = detect_fake_mode(_tensors(fakes))
-        if mode is None:
-            raise AssertionError("a captured graph carries fake tensors")
-        with mode:
-            node.meta["val"] = target(*fakes)
-        bindings = compute_unbacked_bindings(mode.shape_env, node.meta["val"])
-        if bindings:
-            node.meta["unbacked_bindings"] = bindings
-        return node
+            return call(self.graph, target, args, origin)
 
     @property
     def _output(self) -> fx.Node:
@@ -139,34 +126,62 @@ class JointGraph:
         return list(results)  # type: ignore[arg-type]
 
 
-@dataclass
-class SplitGraph:
-    """A forward and a backward graph that fit together, as the partitioner returns them."""
+def call(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], origin: fx.Node) -> fx.Node:
+    """Adds a call at the graph's insertion point; its fake value is computed, its origin is that of `origin`."""
+    node = graph.call_function(target, args)
+    node.meta = origin_of(origin)
+    node.meta["val"] = fake_result(node)
+    bindings = compute_unbacked_bindings(_fake_mode(node).shape_env, node.meta["val"])
+    if bindings:
+        node.meta["unbacked_bindings"] = bindings
+    return node
 
-    forward: fx.GraphModule
-    backward: fx.GraphModule
-    num_outputs: int
 
-    def inputs(self) -> dict[int, fx.Node]:
-        """The forward's inputs, parameters included, by their position in the captured graph."""
-        return _inputs(self.forward.graph)
+def fake_result(node: fx.Node) -> Any:
+    """What a call returns for the fake values of its arguments."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+    with _fake_mode(node):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def saved(self) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """Every saved tensor as (node of the forward, placeholder of the backward), in the order of handing over."""
-        (results,) = self.forward.graph.find_nodes(op="output")[0].args
-        handed = [node for node in results[self.num_outputs :] if _is_tensor(node)]  # type: ignore[index]
-        taken = filter(_is_tensor, self.backward.graph.find_nodes(op="placeholder"))
-        return zip(handed, itertools.islice(taken, len(handed)), strict=True)
 
-    def lint(self) -> None:
-        for module in (self.forward, self.backward):
-            module.graph.lint()
-            module.recompile()
+def origin_of(node: fx.Node) -> dict[str, Any]:
+    """Where a node came from, as the meta of a node that replaces or extends it."""
+    return {key: node.meta[key] for key in _ORIGIN if key in node.meta}
+
+
+def _fake_mode(node: fx.Node) -> FakeTensorMode:
+    mode = detect_fake_mode([value for value in _values(node) if isinstance(value, Tensor)])
+    if mode is None:
+        raise AssertionError("a captured graph carries fake tensors")
+    return mode
+
+
+def _values(node: fx.Node) -> list[Any]:
+    return tree_leaves([argument.meta["val"] for argument in node.all_input_nodes])
 
 
 def storage_of(node: fx.Node) -> StorageWeakRef:
     """The identity of the storage behind a node's fake value: equal for views of one tensor."""
     return StorageWeakRef(node.meta["val"].untyped_storage())
+
+
+def hint(size: int | torch.SymInt, unknown: int = 0) -> int:
+    """A size as the capture saw it; `unknown` if it is known at run time only."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else unknown
+
+
+def bytes_of(node: fx.Node, rows: int = 0) -> int:
+    """Bytes of a node's elements as the capture saw it, with `rows` where its number of rows is the gates' choice."""
+    value = node.meta["val"]
+    return math.prod(hint(size, rows) for size in value.shape) * value.element_size()
+
+
+def storage_bytes(node: fx.Node, rows: int = 0) -> int:
+    """Bytes of the storage behind a node, counted as in `bytes_of`."""
+    nbytes = node.meta["val"].untyped_storage().nbytes()
+    return hint(nbytes) if isinstance(nbytes, int) or nbytes.node.has_hint() else bytes_of(node, rows)
 
 
 def base_of(node: fx.Node) -> fx.Node:
@@ -190,15 +205,12 @@ def readers(node: fx.Node) -> Iterator[fx.Node]:
                 yield user
 
 
-def _inputs(graph: fx.Graph) -> dict[int, fx.Node]:
+def inputs_of(graph: fx.Graph) -> dict[int, fx.Node]:
     """The primals of a graph by their position in the captured graph, whatever AOTAutograd did to their order."""
     primals = [node for node in graph.find_nodes(op="placeholder") if node.name.startswith("primals")]
     return {getattr(node.meta.get("desc"), "idx", order): node for order, node in enumerate(primals)}
 
 
-def _is_tensor(node: Any) -> bool:
+def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
 
-
-def _tensors(values: Any) -> Sequence[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

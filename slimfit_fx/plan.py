@@ -8,19 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from .codecs import Codec
 
-@dataclass(frozen=True)
+
+@dataclass
 class SavedTensor:
     """What the forward graph hands to the backward graph.
 
     Attributes:
-        name: of the node in both graphs.
+        name: of the backward's placeholder; that of the derivative, if it is stored in its place.
         module: path of the module that made it, `""` for the model itself.
         role: what it is to the backward, for example `"linear input"` or `"dropout mask"`.
         shape: as the forward saw it at capture; a dimension of dynamic size is its symbol.
         dtype: as torch names it, for example `"float32"`.
         layers: the layers whose gates decide whether it is kept; empty for a static tensor.
         nbytes: of the storage that stays alive for it, 0 if that is an input, a parameter, or counted in another row.
+        borrowed: whether the caller holds its storage anyway: an input, a parameter, or a view of one.
+        rows: how many rows a dynamic tensor has when a gate is open.
+        codec: what the configuration wants for it; None stores it as it is.
+        stored: bytes of what is handed over in its place.
+        form: how it is stored, in words: the codec that was used, `"rebuilt"`, or `""` for as it is.
+        derived: whether the activation function's derivative is stored in its place.
     """
 
     name: str
@@ -30,6 +38,16 @@ class SavedTensor:
     dtype: str
     layers: tuple[int, ...]
     nbytes: int
+    borrowed: bool = False
+    rows: int = 0
+    codec: Codec | None = None
+    stored: int = -1
+    form: str = ""
+    derived: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stored < 0:
+            self.stored = self.nbytes
 
     @property
     def dynamic(self) -> bool:
@@ -40,7 +58,11 @@ class SavedTensor:
         """Bytes kept alive by a forward that sees these gates."""
         if self.dynamic and not any(open_gates[layer] for layer in self.layers):
             return 0
-        return self.nbytes
+        return self.stored
+
+    def store(self, nbytes: int, form: str = "") -> None:
+        """Notes what a pass made of it."""
+        self.stored, self.form = nbytes, f"derivative, {form}" if self.derived else form
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,15 @@ class Plan:
 
     saved: list[SavedTensor] = field(default_factory=list)
     gradients: list[GatedGradient] = field(default_factory=list)
+
+    def find(self, name: str) -> SavedTensor | None:
+        """The tensor that both graphs call `name`; None for an input that a pass added to what is saved."""
+        return next((tensor for tensor in self.saved if tensor.name == name), None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that would be handed over with every gate open and nothing rebuilt or encoded."""
+        return sum(tensor.nbytes for tensor in self.saved)
 
     def bytes_at(self, open_gates: Sequence[bool]) -> int:
         """Bytes that the forward hands to the backward when it sees these gates."""

@@ -56,7 +56,7 @@ class Session:
         }
         activations = (i for i, tensor in enumerate(inputs) if isinstance(tensor, Tensor) and not tensor.is_leaf)
         capture = Capture(layers, frozenset(activations))
-        compiled = compile_capture(module, inputs, capture, self.gates.table, self.config.mode)
+        compiled = compile_capture(module, inputs, capture, self.gates.table, self.config)
         self.captures.append(capture)
 
         def run(*arguments: Any) -> Any:

@@ -1,0 +1,92 @@
+"""Encodes saved tensors right behind their producers, and decodes them right before their readers.
+
+A codec is traced to ATen operators for the tensor at hand and spliced into both graphs, so that the code generator
+fuses it with its neighbours. It sees the tensor in memory order, whatever dimensions a view has permuted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from slimfit_fx.codecs import Codec
+from slimfit_fx.graph import bytes_of, hint, origin_of, storage_bytes, storage_of
+from slimfit_fx.plan import Plan
+from slimfit_fx.split_graph import SplitGraph
+
+
+def compress(split: SplitGraph, plan: Plan) -> None:
+    """Applies the codec of every row of the plan whose tensor is still saved, and notes the bytes of its parts."""
+    counted = set()
+    for produced, taken in list(split.saved()):
+        row = plan.find(taken.name)
+        if row is None or row.borrowed:
+            continue
+        if row.codec is not None and row.codec.accepts(taken.meta["val"].dtype):
+            tensor = _Encoded(row.codec, taken)
+            parts = tensor.encode(split, produced)
+            split.replace_saved(taken, parts, functools.partial(tensor.decode, split))
+            row.store(sum(bytes_of(part, row.rows) for part in parts), row.codec.label)
+        else:
+            row.store(0 if storage_of(produced) in counted else storage_bytes(produced, row.rows))
+            counted.add(storage_of(produced))
+
+
+def trace(function: Callable[..., Any], *arguments: Any) -> fx.GraphModule:
+    """`function` on fake tensors and symbolic sizes as a graph of ATen operators, decomposed as for Inductor."""
+    mode = detect_fake_mode([argument for argument in arguments if isinstance(argument, Tensor)])
+    if mode is None:
+        raise AssertionError("codecs are traced with fake tensors")
+    with mode:
+        return make_fx(function, decomposition_table=select_decomp_table())(*arguments)
+
+
+class _Encoded:
+    """A codec for one saved tensor, which it sees in memory order."""
+
+    def __init__(self, codec: Codec, taken: fx.Node) -> None:
+        value = taken.meta["val"]
+        strides = [hint(stride) for stride in value.stride()]
+        self.codec, self.taken, self.dtype = codec, taken, value.dtype
+        self.order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
+        self.inverse = [self.order.index(dim) for dim in range(value.dim())]
+        self.shape = [value.shape[dim] for dim in self.order]
+
+    def encode(self, split: SplitGraph, produced: fx.Node) -> list[fx.Node]:
+        traced = trace(lambda x: self.codec.encode(x.permute(self.order)), produced.meta["val"])
+        graph = split.forward.graph
+        behind = graph.find_nodes(op="placeholder")[-1] if produced.op == "placeholder" else produced
+        with graph.inserting_before(behind.next):
+            return _splice(graph, traced, [produced], produced)
+
+    def decode(self, split: SplitGraph, parts: list[fx.Node]) -> fx.Node:
+        def function(*arguments: Tensor) -> Tensor:
+            # the sizes that follow the parts are not read: the trace finds the symbols of `shape` in them
+            return self.codec.decode(arguments[: len(parts)], self.shape, self.dtype).permute(self.inverse)
+
+        arguments = [*parts, *split.sizes().values()]
+        traced = trace(function, *(argument.meta["val"] for argument in arguments))
+        with split.insertion():
+            (restored,) = _splice(split.backward.graph, traced, arguments, self.taken, split.late)
+        return restored
+
+
+def _splice(
+    graph: fx.Graph, traced: fx.GraphModule, arguments: list[fx.Node], origin: fx.Node, added: set[fx.Node] | None = None
+) -> list[fx.Node]:
+    """Copies a traced function into a graph at its insertion point; returns its results, notes the nodes in `added`."""
+    copies = dict(zip(traced.graph.find_nodes(op="placeholder"), arguments, strict=True))
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            copies[node] = copy = graph.node_copy(node, copies.__getitem__)
+            copy.meta = {**origin_of(origin), "val": node.meta["val"]}
+            if added is not None:
+                added.add(copy)
+    (results,) = traced.graph.find_nodes(op="output")[0].args
+    return [copies[node] for node in (results if isinstance(results, (tuple, list)) else [results])]  # type: ignore

@@ -1,0 +1,102 @@
+"""Tells what a saved tensor is to the backward, from the operators that make and read it."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from slimfit_fx.graph import base_of, hint, readers
+from slimfit_fx.roles import BORROWED, GATES
+
+_ops = torch.ops.slimfit_fx
+
+# The role of a saved tensor by the operator that reads it in the backward, as it was before decomposition. An operator
+# of the forward is among them where the backward computes it again. The first match counts.
+_BY_READER = {
+    "native_layer_norm_backward": "norm input",
+    "_fused_layer_norm_backward": "norm input",
+    "native_group_norm_backward": "norm input",
+    "native_batch_norm_backward": "norm input",
+    "cudnn_batch_norm_backward": "norm input",
+    "batch_norm_backward": "norm input",
+    "_fused_rms_norm_backward": "norm input",
+    "native_layer_norm": "norm input",
+    "native_group_norm": "norm input",
+    "_fused_rms_norm": "norm input",
+    "gelu_backward": "activation input",
+    "silu_backward": "activation input",
+    "gelu": "activation input",
+    "silu": "activation input",
+    "hardswish_backward": "activation input",
+    "mish_backward": "activation input",
+    "elu_backward": "activation input",
+    "leaky_relu_backward": "activation input",
+    "softplus_backward": "activation input",
+    "threshold_backward": "activation output",
+    "tanh_backward": "activation output",
+    "sigmoid_backward": "activation output",
+    "_softmax_backward_data": "softmax output",
+    "_log_softmax_backward_data": "logits",
+    "_log_softmax": "logits",
+    "nll_loss_forward": "logits",
+    "binary_cross_entropy_with_logits": "logits",
+    "native_dropout_backward": "dropout mask",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": "attention operand",
+    "_scaled_dot_product_flash_attention_backward": "attention operand",
+    "_scaled_dot_product_efficient_attention_backward": "attention operand",
+    "_scaled_dot_product_cudnn_attention_backward": "attention operand",
+    "_scaled_dot_product_fused_attention_overrideable_backward": "attention operand",
+    "_scaled_dot_product_attention_math": "attention operand",
+    "bmm": "attention operand",
+    "convolution_backward": "convolution input",
+    "mm": "linear input",
+}
+_ACTIVATIONS = frozenset({"gelu", "silu", "relu", "hardswish", "mish", "elu", "leaky_relu", "softplus", "sigmoid"})
+
+
+def find_role(produced: fx.Node, taken: fx.Node) -> str:
+    """The role of the tensor that the forward makes as `produced` and the backward takes as `taken`."""
+    base, value = base_of(produced), produced.meta["val"]
+    if base.op == "placeholder":
+        return BORROWED
+    if base.target is _ops.snapshot.default:
+        return GATES
+    if base.target is _ops.keep.default:
+        return _linear_role(base)
+    if value.dtype is torch.bool:
+        return "dropout mask"
+    if not value.is_floating_point():
+        return "indices"
+    if _is_statistic(base):
+        return "statistics"
+    found = {operator_of(reader) for reader in readers(taken)}
+    return next((role for name, role in _BY_READER.items() if name in found), "other")
+
+
+def operator_of(node: fx.Node) -> str:
+    """The name of the operator that a node computes, or is a part of the decomposition of."""
+    original = node.meta.get("original_aten", node.target)
+    return getattr(original, "__name__", str(original)).partition(".")[0]
+
+
+def _linear_role(kept: fx.Node) -> str:
+    """Whether an activation function made a kept tensor: itself, as a gated product, or with dropout behind it."""
+    node = base_of(kept.args[0])  # type: ignore[arg-type]
+    for _ in range(3):
+        makers = {operator_of(node), *(operator_of(base_of(argument)) for argument in node.all_input_nodes)}
+        if not makers.isdisjoint(_ACTIVATIONS):
+            return "feed-forward input"
+        if operator_of(node) not in ("mul", "native_dropout", "dropout") or not node.all_input_nodes:
+            break
+        node = base_of(node.all_input_nodes[-1])
+    return "linear input"
+
+
+def _is_statistic(node: fx.Node) -> bool:
+    """One number a row or a channel; of a kernel with several results, what is not the first."""
+    if node.target is operator.getitem:
+        return node.args[1] != 0
+    shape = [hint(size, 2) for size in node.meta["val"].shape]
+    return len(shape) < 2 or shape[-1] == 1

@@ -1,0 +1,198 @@
+"""Does not save what the backward can rebuild from other saved tensors.
+
+A linear layer's input is often a pointwise function of a tensor that is saved anyway: GELU's output of GELU's input,
+a norm's affine image of the normalised value, a view of anything. It is computed again in the backward, right before
+it is used. One storage is thereby saved once, whatever views of it the backward takes.
+
+Tensors whose codec is `Recompute` may also go through matrix products of activations and reductions: the softmax of
+attention, from query and key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext
+from torch.fx.experimental.symbolic_shapes import free_symbols
+
+from slimfit_fx.codecs import Recompute
+from slimfit_fx.graph import VIEWS, aten, base_of, call, is_tensor
+from slimfit_fx.plan import Plan
+from slimfit_fx.split_graph import SplitGraph
+
+_ops = torch.ops.slimfit_fx
+_RESHAPES = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
+    }
+)
+_CREATIONS = frozenset({aten.full.default, aten.scalar_tensor.default, torch.ops.prims.iota.default})
+_COPIES = frozenset({aten.clone.default, aten._to_copy.default, torch.ops.prims.convert_element_type.default})
+_PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default})
+_REDUCTIONS = frozenset({aten.amax.default, aten.sum.dim_IntList, aten.any.dim, aten.logical_not.default})
+# A rebuilt tensor should cost about one fused kernel.
+_LONGEST = 40
+
+
+def rebuild(split: SplitGraph, plan: Plan, everything: bool = True) -> None:
+    """Drops saved tensors that can be rebuilt, the last produced first, and says so in the plan.
+
+    Args:
+        split: as the partitioner left it; what is saved compressed later is compressed for all its readers.
+        plan: of `split`.
+        everything: whether to look at all of them, or only at those whose codec is `Recompute`.
+    """
+    recipes = _Recipes(split)
+    order = {node: index for index, node in enumerate(split.forward.graph.nodes)}
+    for produced, taken in sorted(split.saved(), key=lambda pair: -order[pair[0]]):
+        row = plan.find(taken.name)
+        if row is None or row.borrowed:
+            continue
+        recompute = isinstance(row.codec, Recompute)
+        if not (recompute or everything):
+            continue
+        steps = recipes.find(produced, _recomputable if recompute else _cheap)
+        if recompute:
+            row.codec = row.codec.otherwise
+        if steps is not None and not _compares(produced, steps):
+            split.replace_saved(taken, [], lambda _, steps=steps, node=produced: recipes.replay(steps, node))
+            row.store(0, "recomputed" if recompute else "rebuilt")
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each element of the result depends on one element of each argument, and on nothing random."""
+    tags = getattr(node.target, "tags", ())
+    random = torch.Tag.nondeterministic_seeded in tags
+    return node.op == "call_function" and not random and (torch.Tag.pointwise in tags or node.target in _COPIES)
+
+
+def _cheap(node: fx.Node) -> bool:
+    return is_pointwise(node) or node.target in VIEWS or node.target in _CREATIONS
+
+
+def _recomputable(node: fx.Node) -> bool:
+    return _cheap(node) or node.target in _PRODUCTS or node.target in _REDUCTIONS
+
+
+def _compares(produced: fx.Node, steps: list[_Step]) -> bool:
+    """Whether a mask would be made from numbers again: those may be rounded by then, and the mask flip."""
+    if produced.meta["val"].is_floating_point():
+        return False
+    return any(argument.meta["val"].is_floating_point() for step in steps for argument in step.sources)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One node of the forward to compute in the backward: as the forward does, or as the inverse of one of its views."""
+
+    node: fx.Node
+    view: fx.Node | None = None
+
+    @property
+    def sources(self) -> list[fx.Node]:
+        return self.node.all_input_nodes if self.view is None else [self.view]
+
+
+class _Recipes:
+    """How to compute nodes of the forward in the backward, from what is saved at the moment."""
+
+    def __init__(self, split: SplitGraph) -> None:
+        self.split = split
+        self.mutated = _mutated_inputs(split)
+
+    def find(self, wanted: fx.Node, allowed: Callable[[fx.Node], bool]) -> list[_Step] | None:
+        """The steps, in order, that make `wanted` without its being saved; None if there are none.
+
+        Kept tensors are no sources: they are empty when their gates are closed.
+        """
+        saved = {node for node, _ in self.split.saved() if base_of(node).target is not _ops.keep.default} - {wanted}
+        views = _viewed(saved)
+        steps: dict[fx.Node, _Step] = {}
+
+        def visit(node: fx.Node) -> bool:
+            if node in saved or node in steps:
+                return True
+            if node.op == "placeholder":
+                return is_tensor(node) and node not in self.mutated
+            step = _Step(node, views.get(node))
+            possible = step.view is not None or node.target is _ops.keep.default or allowed(node)
+            if not is_tensor(node) or not possible or len(steps) >= _LONGEST:
+                return False
+            # the gates do not matter here: what is kept is rebuilt whole
+            sources = step.sources[:1] if node.target is _ops.keep.default else step.sources
+            if not all(map(visit, sources)):
+                return False
+            steps[node] = step
+            return True
+
+        return list(steps.values()) if visit(wanted) else None
+
+    def replay(self, steps: list[_Step], wanted: fx.Node) -> fx.Node:
+        """Adds the steps to the backward; returns the node that is `wanted` there."""
+        there: dict[fx.Node, fx.Node] = dict(self.split.saved())
+        for source in (source for step in steps for source in step.sources):
+            if source.op == "placeholder" and source not in there:
+                there[source] = self.split.save(source)
+        with self.split.insertion():
+            for step in steps:
+                there[step.node] = self._copy(step, there)
+        return there[wanted]
+
+    def _copy(self, step: _Step, there: dict[fx.Node, fx.Node]) -> fx.Node:
+        graph = self.split.backward.graph
+        if step.view is not None:
+            copy = call(graph, *_undone(step.view, there[step.view]), step.node)
+        elif step.node.target is _ops.keep.default:
+            return there[step.sources[0]]
+        else:
+            copy = graph.node_copy(step.node, there.__getitem__)
+        self.split.late.add(copy)
+        return copy
+
+
+def _viewed(saved: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Tensors of which a saved tensor is a view with all the elements: {tensor: its view}."""
+    views = {}
+    for node in saved:
+        while _undoable(node):
+            source = node.all_input_nodes[0]
+            if source.op == "placeholder" or source in saved:
+                break
+            views[source] = node
+            node = source
+    return views
+
+
+def _undoable(node: fx.Node) -> bool:
+    if not is_tensor(node) or free_symbols(node.meta["val"].shape):
+        return False
+    return node.target in _RESHAPES or node.target is aten.permute.default
+
+
+def _undone(view: fx.Node, there: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The call that makes the source of a view from the view, `there`."""
+    if view.target is aten.permute.default:
+        dims = [int(dim) % len(view.args[1]) for dim in view.args[1]]  # type: ignore[arg-type, union-attr]
+        return aten.permute.default, (there, [dims.index(dim) for dim in range(len(dims))])
+    return aten.view.default, (there, list(view.all_input_nodes[0].meta["val"].shape))
+
+
+def _mutated_inputs(split: SplitGraph) -> set[fx.Node]:
+    """Inputs that the model changes in place: their old values are not there any more when the backward runs."""
+    context = TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    if metadata is None:
+        return set()
+    inputs = split.inputs()
+    return {inputs[i] for i, info in enumerate(metadata.input_info) if info.mutates_data and i in inputs}

@@ -1,0 +1,87 @@
+"""Saves the derivative of an activation function instead of its input.
+
+The backward of y = f(x) reads x only to compute f'(x), and multiplies the gradient by that. f'(x) varies in a small
+range whatever x is, so it takes fewer bits than x at the same gradient error. It is computed in the forward, where
+x still is at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import fx
+
+from slimfit_fx.codecs import Derivative
+from slimfit_fx.graph import VIEWS, aten, call
+from slimfit_fx.plan import Plan, SavedTensor
+from slimfit_fx.split_graph import SplitGraph
+
+from .rebuild import is_pointwise
+
+
+def save_derivatives(split: SplitGraph, plan: Plan) -> None:
+    """Where a row's codec is `Derivative`, hands over the derivative, if the backward reads nothing else of the input."""
+    for produced, taken in list(split.saved()):
+        row = plan.find(taken.name)
+        if row is None or not isinstance(row.codec, Derivative):
+            continue
+        derivative = None if row.borrowed else _find_derivative(taken)
+        row.codec = row.codec.otherwise if derivative is None else row.codec.codec
+        if derivative is not None:
+            moved = _move_to_forward(produced, taken, derivative)
+            split.replace_saved(taken, [moved], functools.partial(_read_instead, derivative, row))
+
+
+def _find_derivative(taken: fx.Node) -> fx.Node | None:
+    """The node of the backward through which alone the rest of it depends on `taken`."""
+    inside = {taken}
+    for node in taken.graph.nodes:
+        arguments = node.all_input_nodes
+        if arguments and inside.issuperset(arguments) and (is_pointwise(node) or node.target in VIEWS):
+            inside.add(node)
+    border = [node for node in inside if not inside.issuperset(node.users)]
+    if len(border) == 2:
+        border = [_joined(*border)]
+    if len(border) != 1 or border[0] in (None, taken) or not border[0].meta["val"].is_floating_point():
+        return None
+    return border[0]
+
+
+def _joined(first: fx.Node, second: fx.Node) -> fx.Node | None:
+    """Of (gradient * first) * second, rewritten as gradient * (first * second), the new factor; SiLU's backward is so."""
+    for inner, outer in ((first, second), (second, first)):
+        if len(inner.users) != 1 or len(outer.users) != 1:
+            continue
+        scaled, result = next(iter(inner.users)), next(iter(outer.users))
+        if set(scaled.users) == {result} and scaled.target is result.target is aten.mul.Tensor:
+            gradient = next(argument for argument in scaled.args if argument is not inner)
+            with outer.graph.inserting_before(result):
+                factor = call(outer.graph, aten.mul.Tensor, (inner, outer), outer)
+            result.args = (gradient, factor)
+            outer.graph.erase_node(scaled)
+            return factor
+    return None
+
+
+def _move_to_forward(produced: fx.Node, taken: fx.Node, derivative: fx.Node) -> fx.Node:
+    """Copies what computes `derivative` from `taken` to the forward, right behind `produced`."""
+    needed, pending = set(), [derivative]
+    while pending:
+        node = pending.pop()
+        if node is not taken and node not in needed:
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+    copies = {taken: produced}
+    with produced.graph.inserting_before(produced.next):
+        for node in taken.graph.nodes:
+            if node in needed:
+                copies[node] = produced.graph.node_copy(node, copies.__getitem__)
+    return copies[derivative]
+
+
+def _read_instead(derivative: fx.Node, row: SavedTensor, placeholders: list[fx.Node]) -> fx.Node:
+    """Takes the derivative from its placeholder. What computed it has no reader any more: `finish` removes it."""
+    (placeholder,) = placeholders
+    derivative.replace_all_uses_with(placeholder)
+    row.name, row.derived = placeholder.name, True
+    return placeholder

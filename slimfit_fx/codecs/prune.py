@@ -1,0 +1,111 @@
+"""Pruning: the largest magnitudes survive exactly, the rest becomes zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from slimfit_fx.errors import ConfigError
+
+from .codec import Codec
+from .layout import grouped, pack, ungrouped, unpack
+
+
+@dataclass(frozen=True)
+class TopK(Codec):
+    """The largest magnitudes of the whole tensor with int32 indices (SlimFit, section 4: 10% of a frozen LayerNorm).
+
+    Needs a selection over all elements, a kernel of its own. NaN and infinities count as the largest.
+
+    Attributes:
+        ratio: the part of the elements that is kept, 0 < ratio <= 1; at least one element.
+    """
+
+    ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ConfigError(f"TopK: ratio is the part that is kept, 0 < ratio <= 1, got {self.ratio!r}")
+
+    @property
+    def label(self) -> str:
+        return f"largest {self.ratio:.0%}"
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        flat = x.reshape(-1)
+        indices = flat.abs().topk(self._kept(flat.shape[0]), sorted=False).indices
+        return flat.gather(0, indices), indices.to(torch.int32)
+
+    def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        values, indices = parts
+        zeros = values.new_zeros(tuple(shape)).reshape(-1)
+        return zeros.scatter(0, indices.to(torch.int64), values).reshape(tuple(shape)).to(dtype)
+
+    def error_bound(self, x: Tensor) -> Tensor:
+        if not x.numel():
+            return x.double()
+        flat = x.double().reshape(-1).abs()
+        threshold = flat.topk(self._kept(flat.numel())).values[-1]
+        return torch.where(flat > threshold, 0.0, flat).reshape(x.shape)
+
+    def _kept(self, count: int) -> int:
+        share = Fraction(self.ratio).limit_denominator(10_000)
+        return (count * share.numerator + share.denominator - 1) // share.denominator
+
+
+@dataclass(frozen=True)
+class TopOfBlock(Codec):
+    """The largest magnitude of every small block and its place, two places a byte: 1:M sparsity without a sort.
+
+    A block's elements lie apart in its group, so that the search runs over whole vectors. NaN and infinities count
+    as the largest of their block.
+
+    Attributes:
+        block: elements of a block, 2 to 16.
+    """
+
+    block: int = 8
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.block, int) or not 2 <= self.block <= 16:
+            raise ConfigError(f"TopOfBlock: block is 2 to 16 elements, got {self.block!r}")
+
+    @property
+    def label(self) -> str:
+        return f"largest of {self.block}"
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        members = self._blocks(x)
+        value = members.select(-2, 0)
+        place = torch.zeros_like(value, dtype=torch.float32)
+        for index in range(1, self.block):
+            other = members.select(-2, index)
+            larger = ~(other.abs() <= value.abs()) & ~value.isnan()
+            value = torch.where(larger, other, value)
+            place = torch.where(larger, float(index), place)
+        return value, pack(place, 4)
+
+    def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        value, packed = parts
+        place = unpack(packed, 4)
+        members = [torch.where(place == float(index), value, 0.0) for index in range(self.block)]
+        groups = torch.stack(members, dim=-2).flatten(-2)
+        return ungrouped(groups, shape, self._group, 2 * self.block).to(dtype)
+
+    def error_bound(self, x: Tensor) -> Tensor:
+        magnitudes = self._blocks(x).double().abs()
+        kept = magnitudes.argmax(-2, keepdim=True)  # the first of equal ones, as in `encode`
+        return ungrouped(magnitudes.scatter(-2, kept, 0.0).flatten(-2), x.shape, self._group, 2 * self.block)
+
+    @property
+    def _group(self) -> int:
+        return 64 * self.block
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """x as [..., groups, block, blocks of the group]."""
+        groups = grouped(x, self._group, 2 * self.block)
+        return groups.unflatten(-1, (self.block, groups.shape[-1] // self.block))

@@ -1,0 +1,99 @@
+"""Which codec each role gets: the presets, and the overrides of a configuration.
+
+The table in docs/codecs.md says why: the gradient error of every codec in every role, on real weights and data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .codecs import BitMask, Codec, Derivative, FixedPoint, Quantize, Recompute, TopK
+from .roles import ROLES
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Attributes:
+    codecs: by role; a role that is absent is stored as it is.
+    rebuild: whether what can be computed from other saved tensors is not saved.
+    """
+
+    codecs: Mapping[str, Codec] = field(default_factory=dict)
+    rebuild: bool = True
+
+
+_INT8 = Quantize(8)
+_INT4 = Quantize(4, group=64)
+_FIXED8 = FixedPoint(8, 1 / 16, -8.0)
+
+PRESETS = {
+    "exact": Preset(),
+    # SlimFit, section 4: every tensor as published, nothing rebuilt
+    "paper": Preset(
+        {
+            "activation input": FixedPoint(4, 0.5, -4.0),
+            "attention operand": _FIXED8,
+            "softmax output": FixedPoint(8, 1 / 256, 0.0),
+            "feed-forward input": _FIXED8,
+            "norm input": TopK(0.1),
+        },
+        rebuild=False,
+    ),
+    "balanced": Preset(
+        {
+            "linear input": _INT8,
+            "feed-forward input": _INT8,
+            "activation input": _INT8,
+            "activation output": _INT8,
+            "softmax output": Recompute(otherwise=_INT8),
+            "attention operand": _INT8,
+            "norm input": _INT8,
+            "convolution input": _INT8,
+            "dropout mask": BitMask(),
+            "other": _INT8,
+        }
+    ),
+    "tight": Preset(
+        {
+            "linear input": _INT4,
+            "feed-forward input": _INT4,
+            "activation input": Derivative(FixedPoint(2, 0.42, -0.13), otherwise=_INT4),
+            "activation output": _INT8,
+            "softmax output": Recompute(otherwise=_INT4),
+            "attention operand": _INT8,
+            "norm input": _INT8,
+            "convolution input": _INT4,
+            "dropout mask": BitMask(),
+            "other": _INT8,
+        }
+    ),
+}
+
+
+@dataclass(frozen=True)
+class CodecRules:
+    """Chooses a codec for a saved tensor: overrides by module first, then overrides by role, then the preset.
+
+    Attributes:
+        preset: a name in `PRESETS`.
+        overrides: codec, or None for as it is, by role or by a regular expression that is searched in module paths.
+    """
+
+    preset: str
+    overrides: Mapping[str, Codec | None]
+
+    @property
+    def rebuild(self) -> bool:
+        """Whether what can be computed from other saved tensors is not saved."""
+        return PRESETS[self.preset].rebuild
+
+    def chosen(self, role: str, module: str) -> tuple[bool, Codec | None]:
+        """(whether an override says so, the codec)."""
+        for key, codec in self.overrides.items():
+            if key not in ROLES and re.search(key, module):
+                return True, codec
+        if role in self.overrides:
+            return True, self.overrides[role]
+        return False, PRESETS[self.preset].codecs.get(role)

@@ -1,0 +1,24 @@
+"""What a saved tensor can be to the backward."""
+
+from __future__ import annotations
+
+# Roles that a codec can be chosen for.
+ROLES = {
+    "linear input": "of a linear layer; read by its weight gradient only",
+    "feed-forward input": "the same, where an activation function made it: the second layer of a feed-forward block",
+    "activation input": "of GELU, SiLU, …",
+    "activation output": "of tanh, sigmoid, …, whose derivative is a function of it",
+    "softmax output": "attention probabilities",
+    "attention operand": "query, key, value or result of attention, as two products or as one fused kernel",
+    "norm input": "of a layer, RMS, group or batch norm, normalised or not",
+    "convolution input": "of a convolution",
+    "dropout mask": "and other booleans, such as ReLU's sign",
+    "logits": "what the loss reads",
+    "indices": "of an embedding, and other integers",
+    "statistics": "one number a row or a channel: reciprocal standard deviations, log-sum-exps",
+    "other": "anything else: hidden states at a checkpoint, operands of products",
+}
+
+# Not a choice: the caller holds it anyway, or the passes made it.
+BORROWED = "input or parameter"
+GATES = "gates"
