@@ -26,7 +26,7 @@ from meter import PeakMemory
 
 import slimfit_fx
 
-METHODS = ("eager", "compile", "exact")
+METHODS = ("eager", "compile", "exact", "balanced", "tight", "paper")
 
 
 def bert(batch: int, length: int, **config: Any) -> tuple[nn.Module, dict[str, Any]]:

@@ -38,6 +38,8 @@ _BY_READER = {
     "tanh_backward": "activation output",
     "sigmoid_backward": "activation output",
     "_softmax_backward_data": "softmax output",
+    "_softmax": "softmax output",
+    "_safe_softmax": "softmax output",
     "_log_softmax_backward_data": "logits",
     "_log_softmax": "logits",
     "nll_loss_forward": "logits",

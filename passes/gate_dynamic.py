@@ -10,8 +10,9 @@ without bias, under autocast, with dynamic shapes. It becomes
     backward:  weight_gradient(gradient, kept, gates, layer)        [m, k], or [0, k] when the layer is closed
 
 where one `kept` serves all layers that x feeds. If the backward reads x for another reason (attention's backward reads
-its own output), then x is static, and the product reads it directly. The gradients of everything else
-(convolutions, embeddings, norms, tied weights) are computed, and dropped when their gate is closed.
+its own output), then x is static, and the product reads it directly. An embedding's gradient, rows summed by index, is
+skipped in the same way. The gradients of everything else (convolutions, norms, tied weights) are computed, and dropped
+when their gate is closed.
 """
 
 from __future__ import annotations
@@ -73,13 +74,14 @@ def gate_dynamic(joint: JointGraph, layers: Mapping[int, int]) -> list[GatedGrad
 
     results = []
     for position, layer in gated.items():
-        match = linear.get(position)
-        if match is None:
-            new = _insert_pass_gradient(joint, snapshot, layer, gradients[position])
+        gradient, conditional = gradients[position], True
+        if position in linear:
+            new = _insert_weight_gradient(joint, snapshot, linear[position], kept)
+        elif _is_embedding_gradient(gradient):
+            new = _insert_embedding_gradient(joint, snapshot, layer, gradient)
         else:
-            new = _insert_weight_gradient(joint, snapshot, match, kept)
-        place = joint.set_gradient(position, new)
-        results.append(GatedGradient(place, layer, conditional=match is not None))
+            new, conditional = _insert_pass_gradient(joint, snapshot, layer, gradient), False
+        results.append(GatedGradient(joint.set_gradient(position, new), layer, conditional))
     joint.graph.eliminate_dead_code()
     joint.graph.lint()
     joint.module.recompile()
@@ -156,6 +158,21 @@ def _insert_weight_gradient(
     if match.transposed:
         new = joint.insert(aten.permute.default, (new, [1, 0]), before=product, origin=product)
     return new
+
+
+def _is_embedding_gradient(gradient: fx.Node) -> bool:
+    """Whether it sums rows by index into zeros, and nothing else reads the sum."""
+    if gradient.target is not aten._unsafe_masked_index_put_accumulate.default or len(gradient.users) > 1:
+        return False
+    zeros, _, indices, _ = gradient.args
+    return zeros.target is aten.full.default and zeros.args[1] == 0 and len(indices) == 1  # type: ignore
+
+
+def _insert_embedding_gradient(joint: JointGraph, snapshot: fx.Node, layer: int, gradient: fx.Node) -> fx.Node:
+    zeros, mask, (indices,), rows = gradient.args  # type: ignore[misc]
+    count = zeros.args[0][0]  # type: ignore[union-attr, index]
+    arguments = (rows, indices, mask, count, snapshot, layer)
+    return joint.insert(_ops.embedding_gradient.default, arguments, before=gradient, origin=gradient)
 
 
 def _insert_pass_gradient(joint: JointGraph, snapshot: fx.Node, layer: int, gradient: fx.Node) -> fx.Node:

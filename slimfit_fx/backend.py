@@ -104,6 +104,10 @@ class _Partitioner(CustomPartitionerFn):
         self.capture.split = split
         return split.forward, split.backward
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Partitioner:
+        """Itself: Inductor copies its whole configuration to make a cache key, of which `uuid` is our part."""
+        return self
+
     def uuid(self) -> str:
         """What the code depends on: the passes' sources, the gated inputs, the codecs."""
         return f"slimfit_fx {_source_hash()} {sorted(self.capture.layers.items())} {self.rules}"
@@ -114,7 +118,7 @@ def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Parti
         module,
         inputs,
         inner_compile=functools.partial(_compile_inner, partitioner.capture),
-        config_patches={"custom_partitioner_fn": partitioner},
+        config_patches={"custom_partitioner_fn": partitioner, "allow_buffer_reuse": False},
     )
     return cast("Callable[..., Any]", compiled)
 

@@ -76,6 +76,24 @@ def _(a: Tensor, b: Tensor, gates: Tensor, layer: int, dtype: torch.dtype) -> Te
     return b.new_empty((_unknown_size(), b.shape[1]), dtype=dtype)
 
 
+@_define(
+    "embedding_gradient(Tensor rows, Tensor indices, Tensor mask, SymInt count, Tensor gates, int layer) -> Tensor"
+)
+def embedding_gradient(
+    rows: Tensor, indices: Tensor, mask: Tensor, count: int, gates: Tensor, layer: int
+) -> Tensor:
+    """[count, d]: the sums of `rows` [..., d] by `indices` [...] where `mask` [..., 1]; [0, d] if `layer` is closed."""
+    if gates[layer]:
+        zeros = rows.new_zeros((count, rows.shape[-1]))
+        return torch.ops.aten._unsafe_masked_index_put_accumulate(zeros, mask, [indices], rows)
+    return rows.new_empty((0, rows.shape[-1]))
+
+
+@_fake("embedding_gradient")
+def _(rows: Tensor, indices: Tensor, mask: Tensor, count: int, gates: Tensor, layer: int) -> Tensor:
+    return rows.new_empty((_unknown_size(), rows.shape[-1]))
+
+
 @_define("pass_gradient(Tensor gradient, Tensor gates, int layer) -> Tensor")
 def pass_gradient(gradient: Tensor, gates: Tensor, layer: int) -> Tensor:
     """A copy of a gradient [n, ...] that was computed whatever the gates say if `layer` is open, else [0, ...]."""

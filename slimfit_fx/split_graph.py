@@ -19,7 +19,7 @@ from torch import fx
 from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from .graph import VIEWS, fake_result, inputs_of, is_tensor
+from .graph import VIEWS, fake_result, inputs_of, is_tensor, origin_of
 
 
 @dataclass
@@ -117,7 +117,7 @@ class SplitGraph:
             for node in produced:
                 placeholder = self.backward.graph.placeholder(node.name)
                 placeholder.target = placeholder.name  # generated code takes arguments by target, which may be taken
-                placeholder.meta = {key: value for key, value in node.meta.items() if key != "unbacked_bindings"}
+                placeholder.meta = {**origin_of(node), "val": node.meta["val"]}
                 placeholders.append(placeholder)
         return placeholders
 

@@ -54,14 +54,21 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The inverse of `pack`, in floating point."""
+    """The inverse of `pack`, in floating point.
+
+    Pointwise in the result's place: generated code inlines it into whatever reads the tensor. (A concatenation of
+    lanes would be a kernel a lane, into a buffer of full size.)
+    """
     values = packed.to(dtype)
     per = 8 // bits
     if per == 1:
         return values
-    shifted = [values, *((values * 0.5 ** (bits * lane)).floor() for lane in range(1, per))]
-    lanes = [low - high * float(1 << bits) for low, high in zip(shifted, shifted[1:], strict=False)]
-    return torch.stack([*lanes, shifted[-1]], dim=-2).flatten(-2)
+    lane = torch.arange(per, device=packed.device).unsqueeze(-1)
+    shift = torch.ones((per, 1), dtype=dtype, device=packed.device)
+    for index in range(1, per):
+        shift = torch.where(lane == index, 0.5 ** (bits * index), shift)
+    values = (values.unsqueeze(-2) * shift).floor()
+    return (values - (values * 0.5**bits).floor() * float(1 << bits)).flatten(-2)
 
 
 def _rows(shape: Sequence[int]) -> tuple[list[int], int]:
