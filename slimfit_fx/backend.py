@@ -105,8 +105,12 @@ class _Partitioner(CustomPartitionerFn):
         return split.forward, split.backward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Partitioner:
-        """Itself: Inductor copies its whole configuration to make a cache key, of which `uuid` is our part."""
+        """Itself: Inductor copies and pickles its whole configuration to make a cache key."""
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Our part of that key; graphs are none."""
+        return str, (self.uuid(),)
 
     def uuid(self) -> str:
         """What the code depends on: the passes' sources, the gated inputs, the codecs."""
@@ -118,6 +122,8 @@ def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Parti
         module,
         inputs,
         inner_compile=functools.partial(_compile_inner, partitioner.capture),
+        # Inductor keeps dead buffers for later use as long as its estimate of the peak is not exceeded. The estimate
+        # counts the steps of quantised groups once an element: far too high.
         config_patches={"custom_partitioner_fn": partitioner, "allow_buffer_reuse": False},
     )
     return cast("Callable[..., Any]", compiled)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tabulate import tabulate
 
+from .gradient_error import GradientError
 from .layers import Layer
 from .plan import Plan, SavedTensor
+
+# a row's bytes: as it is, stored with all gates open, stored at the present gates
+_BYTES = ("bytes", "bytes_stored", "bytes_now")
 
 
 @dataclass(frozen=True)
@@ -21,21 +25,24 @@ class Report:
         plan: what is saved.
         layers: what the gates freeze.
         open_gates: the gates at the time of asking.
+        gradient_errors: what the codecs did to each gradient of the sample that `report` was given.
     """
 
     plan: Plan
     layers: Sequence[Layer]
     open_gates: Sequence[bool]
+    gradient_errors: Mapping[str, GradientError] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """One dict per saved tensor: module, role, shape, dtype, kind, layers, bytes (all gates open), bytes_now."""
+        """One dict per saved tensor: module, role, shape, dtype, kind, layers, stored_as, and its bytes: as it is
+        (bytes), as it is stored with all gates open (bytes_stored), and at the present gates (bytes_now)."""
         return [self._row(tensor) for tensor in self.plan.saved]
 
     @property
     def saved_bytes_before(self) -> int:
-        """Bytes handed to the backward when every layer trains."""
-        return self.plan.bytes_at([True] * len(self.layers))
+        """Bytes that the backward would be handed if every layer trained and everything were saved as it is."""
+        return self.plan.nbytes
 
     @property
     def saved_bytes_after(self) -> int:
@@ -47,10 +54,10 @@ class Report:
         totals: dict[tuple[str, str], dict[str, Any]] = {}
         for row in self.rows:
             key = (row["role"], row["kind"])
-            total = totals.setdefault(key, dict(role=key[0], kind=key[1], tensors=0, bytes=0, bytes_now=0))
+            total = totals.setdefault(key, dict(role=key[0], kind=key[1], tensors=0, **dict.fromkeys(_BYTES, 0)))
             total["tensors"] += 1
-            total["bytes"] += row["bytes"]
-            total["bytes_now"] += row["bytes_now"]
+            for column in _BYTES:
+                total[column] += row[column]
         return sorted(totals.values(), key=lambda total: -total["bytes"])
 
     def to_json(self) -> str:
@@ -59,12 +66,13 @@ class Report:
                 "saved_bytes_before": self.saved_bytes_before,
                 "saved_bytes_after": self.saved_bytes_after,
                 "by_role": self.by_role(),
+                "gradient_errors": {name: asdict(error) for name, error in self.gradient_errors.items()},
                 "rows": self.rows,
             }
         )
 
     def __str__(self) -> str:
-        held = [row for row in self.rows if row["bytes"]]
+        held = [row for row in self.rows if row["bytes"] or row["bytes_stored"]]
         tensors = [
             [
                 row["module"],
@@ -73,23 +81,32 @@ class Report:
                 row["dtype"],
                 row["kind"],
                 _shorten(row["layers"]),
-                _size(row["bytes"]),
-                _size(row["bytes_now"]),
+                row["stored_as"],
+                *(_size(row[column]) for column in _BYTES),
             ]
             for row in held
         ]
         roles = [
-            [total["role"], total["kind"], total["tensors"], _size(total["bytes"]), _size(total["bytes_now"])]
+            [total["role"], total["kind"], total["tensors"], *(_size(total[column]) for column in _BYTES)]
             for total in self.by_role()
-            if total["bytes"]
         ]
-        roles.append(["total", "", len(held), _size(self.saved_bytes_before), _size(self.saved_bytes_after)])
+        roles.append(["total", "", len(held), *(_size(sum(row[column] for row in held)) for column in _BYTES)])
+        sizes = ["as it is", "stored", "now"]
         parts = [
-            tabulate(tensors, ["module", "role", "shape", "dtype", "kind", "needed by", "all open", "now"]),
-            tabulate(roles, ["role", "kind", "tensors", "all open", "now"], colalign=("left", "left", "right")),
+            tabulate(tensors, ["module", "role", "shape", "dtype", "kind", "needed by", "stored as", *sizes]),
+            tabulate(roles, ["role", "kind", "tensors", *sizes], colalign=("left", "left", "right")),
+            *self._errors(),
             self._summary(),
         ]
         return "\n\n".join(parts)
+
+    def _errors(self) -> list[str]:
+        """The table of gradient errors, the largest first; none without a sample."""
+        if not self.gradient_errors:
+            return []
+        errors = sorted(self.gradient_errors.items(), key=lambda item: -item[1].relative)
+        lines = [[name, error.cosine, error.relative] for name, error in errors]
+        return [tabulate(lines, ["gradient", "cosine", "relative error"], floatfmt=".4f")]
 
     def _row(self, tensor: SavedTensor) -> dict[str, Any]:
         return {
@@ -99,7 +116,9 @@ class Report:
             "dtype": tensor.dtype,
             "kind": "dynamic" if tensor.dynamic else "static",
             "layers": [self.layers[layer].name for layer in tensor.layers],
+            "stored_as": tensor.form,
             "bytes": tensor.nbytes,
+            "bytes_stored": tensor.stored,
             "bytes_now": tensor.bytes_at(self.open_gates),
         }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from .errors import BackwardError
 from .gates import Gates
 from .layers import Layer, find_layers
 from .scheduler import Scheduler
+
+_numbers = itertools.count()
 
 
 class Session:
@@ -47,6 +51,10 @@ class Session:
         self._hooks()
         self.gates.set(self.gates.names)
 
+    def compiled(self, model: nn.Module) -> Callable[..., Any]:
+        """A function that runs `model` with compiled graphs."""
+        return torch.compile(_own_code(model), backend=self.compile)
+
     def compile(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """The torch.compile backend: a graph from Dynamo to a callable on the graph's inputs."""
         layers = {
@@ -69,6 +77,20 @@ class Session:
             return outputs
 
         return run
+
+
+def _own_code(model: nn.Module) -> FunctionType:
+    """A function that calls the model, with a code object of its own.
+
+    Dynamo keeps compiled graphs, their recompile limit and what it learnt of dynamic shapes by code object. Under the
+    model's own code, which all models of a class share, the ninth model of a sweep would run uncompiled.
+    """
+
+    def train(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    code = train.__code__.replace(co_name=f"train_{type(model).__name__}_{next(_numbers)}")
+    return FunctionType(code, train.__globals__, code.co_name, train.__defaults__, train.__closure__)
 
 
 def _listen_to_optimizers(scheduler: Scheduler) -> Callable[[], None]:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .config import Config
 from .errors import BackendError, ModelError, StateError, VersionError
 from .gates import Gates
 from .plan import merge_plans
+from .probe import probe
 from .report import Report
 from .scheduler import Scheduler
 from .session import Session
 
 _OLDEST_TORCH = (2, 11)
-_numbers = itertools.count()
 _sessions: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
 
 
@@ -78,13 +76,26 @@ def scheduler(model: nn.Module) -> Scheduler:
     return _session(model).scheduler
 
 
-def report(model: nn.Module) -> Report:
-    """Where each saved byte goes: print it, or read `.rows`. Needs one training forward to have run."""
+def report(model: nn.Module, sample: Any = None, loss: Callable[[Any], Tensor] | None = None) -> Report:
+    """Where each saved byte goes: print it, or read `.rows`. Needs one training forward to have run.
+
+    Args:
+        model: transformed.
+        sample: a batch, as a mapping of keyword arguments or what the model takes first. With it the report also has
+            the error that codecs make in each gradient: two more forwards and backwards, operator by operator, with
+            all gates open. The model, its gradients and torch's random state stay as they are.
+        loss: makes a scalar of the model's output; by default its `.loss`, or the output itself if it is a scalar.
+
+    Raises:
+        StateError: the model is not transformed, or did not run yet.
+        ModelError: the sample gives no loss.
+    """
     session = _session(model)
     plans = [capture.plan for capture in session.active if capture.split is not None]
     if not plans:
         raise StateError("nothing is captured yet: run one training forward of the model, then ask for the report")
-    return Report(merge_plans(plans), session.layers, session.gates.table.tolist())
+    errors = {} if sample is None else probe(_original(model), session.config, sample, loss)
+    return Report(merge_plans(plans), session.layers, session.gates.table.tolist(), errors)
 
 
 def graphs(model: nn.Module) -> list[tuple[fx.GraphModule, fx.GraphModule]]:
@@ -106,7 +117,7 @@ def session_of(model: nn.Module) -> Session | None:
 
 def _dispatcher(model: nn.Module, session: Session) -> Callable[..., Any]:
     """What a call of the model does: training is compiled, everything else runs untouched."""
-    compiled = torch.compile(_own_code(model), backend=session.compile)
+    compiled = session.compiled(model)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not (model.training and torch.is_grad_enabled()):
@@ -122,20 +133,6 @@ def _dispatcher(model: nn.Module, session: Session) -> Callable[..., Any]:
         return outputs
 
     return call
-
-
-def _own_code(model: nn.Module) -> FunctionType:
-    """A function that calls the model, with a code object of its own.
-
-    Dynamo keeps compiled graphs, their recompile limit and what it learnt of dynamic shapes by code object. Under the
-    model's own code, which all models of a class share, the ninth model of a sweep would run uncompiled.
-    """
-
-    def train(*args: Any, **kwargs: Any) -> Any:
-        return model._call_impl(*args, **kwargs)
-
-    code = train.__code__.replace(co_name=f"train_{type(model).__name__}_{next(_numbers)}")
-    return FunctionType(code, train.__globals__, code.co_name, train.__defaults__, train.__closure__)
 
 
 def _session(model: nn.Module) -> Session:

@@ -42,8 +42,8 @@ def reference(model: nn.Module, mode: str = "eager") -> nn.Module:
 
 
 def transformed(model: nn.Module, **config: Any) -> nn.Module:
-    """A transformed copy of `model`, in the interpreter mode unless `config` says otherwise."""
-    return slimfit_fx.transform(copy.deepcopy(model), **{"mode": "eager", **config})
+    """A transformed copy of `model`, in the interpreter mode and without codecs unless `config` says otherwise."""
+    return slimfit_fx.transform(copy.deepcopy(model), **{"mode": "eager", "preset": "exact", **config})
 
 
 def loss_of(outputs: Any) -> Tensor:
