@@ -16,7 +16,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from slimfit_fx.codecs import Codec
-from slimfit_fx.graph import bytes_of, hint, origin_of, storage_bytes, storage_of
+from slimfit_fx.graph import VIEWS, bytes_of, hint, origin_of, storage_bytes, storage_of
 from slimfit_fx.plan import Plan
 from slimfit_fx.split_graph import SplitGraph
 
@@ -60,6 +60,7 @@ class _Encoded:
 
     def encode(self, split: SplitGraph, produced: fx.Node) -> list[fx.Node]:
         traced = trace(lambda x: self.codec.encode(x.permute(self.order)), produced.meta["val"])
+        _follow_producer(produced)
         graph = split.forward.graph
         behind = graph.find_nodes(op="placeholder")[-1] if produced.op == "placeholder" else produced
         with graph.inserting_before(behind.next):
@@ -77,8 +78,20 @@ class _Encoded:
         return restored
 
 
+def _follow_producer(view: fx.Node) -> None:
+    """Moves a view right behind the tensor that it is a view of: the partitioner may have made it just to save it."""
+    if view.target in VIEWS and len(view.all_input_nodes) == 1 and view.all_input_nodes[0].op != "placeholder":
+        source = view.all_input_nodes[0]
+        _follow_producer(source)
+        source.append(view)
+
+
 def _splice(
-    graph: fx.Graph, traced: fx.GraphModule, arguments: list[fx.Node], origin: fx.Node, added: set[fx.Node] | None = None
+    graph: fx.Graph,
+    traced: fx.GraphModule,
+    arguments: list[fx.Node],
+    origin: fx.Node,
+    added: set[fx.Node] | None = None,
 ) -> list[fx.Node]:
     """Copies a traced function into a graph at its insertion point; returns its results, notes the nodes in `added`."""
     copies = dict(zip(traced.graph.find_nodes(op="placeholder"), arguments, strict=True))

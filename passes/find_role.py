@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from slimfit_fx.graph import base_of, hint, readers
+from slimfit_fx.graph import aten, base_of, hint, is_pointwise, readers
 from slimfit_fx.roles import BORROWED, GATES
 
 _ops = torch.ops.slimfit_fx
@@ -73,6 +73,8 @@ def find_role(produced: fx.Node, taken: fx.Node) -> str:
         return "indices"
     if _is_statistic(base):
         return "statistics"
+    if _are_scores(base):
+        return "softmax output"
     found = {operator_of(reader) for reader in readers(taken)}
     return next((role for name, role in _BY_READER.items() if name in found), "other")
 
@@ -96,9 +98,25 @@ def _linear_role(kept: fx.Node) -> str:
     return "linear input"
 
 
+def _are_scores(base: fx.Node) -> bool:
+    """Whether a product of query and key goes into a softmax, by way of scaling and masks."""
+    if base.target is not aten.bmm.default:
+        return False
+    pending = list(readers(base))
+    for _ in range(16):
+        if not pending:
+            return False
+        node = pending.pop(0)
+        if operator_of(node) in ("_softmax", "_safe_softmax") or node.target is aten.amax.default:
+            return True
+        if is_pointwise(node):
+            pending.extend(readers(node))
+    return False
+
+
 def _is_statistic(node: fx.Node) -> bool:
     """One number a row or a channel; of a kernel with several results, what is not the first."""
     if node.target is operator.getitem:
-        return node.args[1] != 0
+        return bool(node.args[1])
     shape = [hint(size, 2) for size in node.meta["val"].shape]
     return len(shape) < 2 or shape[-1] == 1

@@ -77,8 +77,8 @@ def gate_dynamic(joint: JointGraph, layers: Mapping[int, int]) -> list[GatedGrad
         gradient, conditional = gradients[position], True
         if position in linear:
             new = _insert_weight_gradient(joint, snapshot, linear[position], kept)
-        elif _is_embedding_gradient(gradient):
-            new = _insert_embedding_gradient(joint, snapshot, layer, gradient)
+        elif (total := _embedding_sum(gradient)) is not None:
+            new = _insert_embedding_gradient(joint, snapshot, layer, total, gradient.meta["val"].dtype)
         else:
             new, conditional = _insert_pass_gradient(joint, snapshot, layer, gradient), False
         results.append(GatedGradient(joint.set_gradient(position, new), layer, conditional))
@@ -160,19 +160,25 @@ def _insert_weight_gradient(
     return new
 
 
-def _is_embedding_gradient(gradient: fx.Node) -> bool:
-    """Whether it sums rows by index into zeros, and nothing else reads the sum."""
-    if gradient.target is not aten._unsafe_masked_index_put_accumulate.default or len(gradient.users) > 1:
-        return False
-    zeros, _, indices, _ = gradient.args
-    return zeros.target is aten.full.default and zeros.args[1] == 0 and len(indices) == 1  # type: ignore
+def _embedding_sum(gradient: fx.Node) -> fx.Node | None:
+    """The sum of rows by index into zeros that `gradient` is, up to its dtype; None if it is none."""
+    node = gradient
+    while node.target in _CONVERSIONS and len(node.users) == 1:
+        node = node.all_input_nodes[0]
+    if node.target is not aten._unsafe_masked_index_put_accumulate.default or len(node.users) > 1:
+        return None
+    zeros, _, indices, _ = node.args
+    into_zeros = zeros.target is aten.full.default and zeros.args[1] == 0  # type: ignore[union-attr]
+    return node if into_zeros and len(indices) == 1 else None  # type: ignore[arg-type]
 
 
-def _insert_embedding_gradient(joint: JointGraph, snapshot: fx.Node, layer: int, gradient: fx.Node) -> fx.Node:
-    zeros, mask, (indices,), rows = gradient.args  # type: ignore[misc]
+def _insert_embedding_gradient(
+    joint: JointGraph, snapshot: fx.Node, layer: int, total: fx.Node, dtype: torch.dtype
+) -> fx.Node:
+    zeros, mask, (indices,), rows = total.args  # type: ignore[misc]
     count = zeros.args[0][0]  # type: ignore[union-attr, index]
-    arguments = (rows, indices, mask, count, snapshot, layer)
-    return joint.insert(_ops.embedding_gradient.default, arguments, before=gradient, origin=gradient)
+    arguments = (rows, indices, mask, count, snapshot, layer, dtype)
+    return joint.insert(_ops.embedding_gradient.default, arguments, before=total, origin=total)
 
 
 def _insert_pass_gradient(joint: JointGraph, snapshot: fx.Node, layer: int, gradient: fx.Node) -> fx.Node:

@@ -34,9 +34,7 @@ def make_plan(
         activations: positions of inputs that only the saved tensors of this graph hold: they count.
     """
     inputs = {
-        storage_of(node)
-        for position, node in split.inputs().items()
-        if is_tensor(node) and position not in activations
+        storage_of(node) for position, node in split.inputs().items() if is_tensor(node) and position not in activations
     }
     counted = set(inputs)
     plan = Plan(gradients=list(gradients))
@@ -48,7 +46,7 @@ def make_plan(
         plan.saved.append(
             SavedTensor(
                 name=taken.name,
-                module=_module_of(produced),
+                module=module_of(produced),
                 role=find_role(produced, taken),
                 shape=tuple(int(size) if str(size).isdigit() else str(size) for size in value.shape),
                 dtype=str(value.dtype).removeprefix("torch."),
@@ -78,7 +76,7 @@ def _kept(produced: fx.Node) -> fx.Node | None:
     return base if base.target is torch.ops.slimfit_fx.keep.default else None
 
 
-def _module_of(node: fx.Node) -> str:
+def module_of(node: fx.Node) -> str:
     """The path of the innermost module that ran when the node was traced."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:

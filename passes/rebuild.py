@@ -20,7 +20,7 @@ from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from slimfit_fx.codecs import Recompute
-from slimfit_fx.graph import VIEWS, aten, base_of, call, is_tensor
+from slimfit_fx.graph import VIEWS, aten, base_of, call, is_pointwise, is_tensor
 from slimfit_fx.plan import Plan
 from slimfit_fx.split_graph import SplitGraph
 
@@ -38,43 +38,36 @@ _RESHAPES = frozenset(
     }
 )
 _CREATIONS = frozenset({aten.full.default, aten.scalar_tensor.default, torch.ops.prims.iota.default})
-_COPIES = frozenset({aten.clone.default, aten._to_copy.default, torch.ops.prims.convert_element_type.default})
 _PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default})
 _REDUCTIONS = frozenset({aten.amax.default, aten.sum.dim_IntList, aten.any.dim, aten.logical_not.default})
 # A rebuilt tensor should cost about one fused kernel.
 _LONGEST = 40
 
 
-def rebuild(split: SplitGraph, plan: Plan, everything: bool = True) -> None:
+def rebuild(split: SplitGraph, plan: Plan, activations: Collection[int] = (), everything: bool = True) -> None:
     """Drops saved tensors that can be rebuilt, the last produced first, and says so in the plan.
 
     Args:
         split: as the partitioner left it; what is saved compressed later is compressed for all its readers.
         plan: of `split`.
+        activations: positions of inputs that only the saved tensors of this graph hold: no free sources.
         everything: whether to look at all of them, or only at those whose codec is `Recompute`.
     """
-    recipes = _Recipes(split)
+    recipes = _Recipes(split, activations)
     order = {node: index for index, node in enumerate(split.forward.graph.nodes)}
     for produced, taken in sorted(split.saved(), key=lambda pair: -order[pair[0]]):
         row = plan.find(taken.name)
         if row is None or row.borrowed:
             continue
-        recompute = isinstance(row.codec, Recompute)
-        if not (recompute or everything):
+        wish = row.codec if isinstance(row.codec, Recompute) else None
+        if wish is None and not everything:
             continue
-        steps = recipes.find(produced, _recomputable if recompute else _cheap)
-        if recompute:
-            row.codec = row.codec.otherwise
+        steps = recipes.find(produced, _recomputable if wish else _cheap)
+        if wish:
+            row.codec = wish.otherwise
         if steps is not None and not _compares(produced, steps):
             split.replace_saved(taken, [], lambda _, steps=steps, node=produced: recipes.replay(steps, node))
-            row.store(0, "recomputed" if recompute else "rebuilt")
-
-
-def is_pointwise(node: fx.Node) -> bool:
-    """Whether each element of the result depends on one element of each argument, and on nothing random."""
-    tags = getattr(node.target, "tags", ())
-    random = torch.Tag.nondeterministic_seeded in tags
-    return node.op == "call_function" and not random and (torch.Tag.pointwise in tags or node.target in _COPIES)
+            row.store(0, "recomputed" if wish else "rebuilt")
 
 
 def _cheap(node: fx.Node) -> bool:
@@ -94,7 +87,7 @@ def _compares(produced: fx.Node, steps: list[_Step]) -> bool:
 
 @dataclass(frozen=True)
 class _Step:
-    """One node of the forward to compute in the backward: as the forward does, or as the inverse of one of its views."""
+    """One node of the forward to compute in the backward: as the forward does, or by undoing one of its views."""
 
     node: fx.Node
     view: fx.Node | None = None
@@ -107,9 +100,10 @@ class _Step:
 class _Recipes:
     """How to compute nodes of the forward in the backward, from what is saved at the moment."""
 
-    def __init__(self, split: SplitGraph) -> None:
+    def __init__(self, split: SplitGraph, activations: Collection[int]) -> None:
         self.split = split
-        self.mutated = _mutated_inputs(split)
+        self.unusable = {node for position, node in split.inputs().items() if position in activations}
+        self.unusable |= _mutated_inputs(split)
 
     def find(self, wanted: fx.Node, allowed: Callable[[fx.Node], bool]) -> list[_Step] | None:
         """The steps, in order, that make `wanted` without its being saved; None if there are none.
@@ -119,12 +113,16 @@ class _Recipes:
         saved = {node for node, _ in self.split.saved() if base_of(node).target is not _ops.keep.default} - {wanted}
         views = _viewed(saved)
         steps: dict[fx.Node, _Step] = {}
+        tried: set[fx.Node] = set()
 
         def visit(node: fx.Node) -> bool:
             if node in saved or node in steps:
                 return True
             if node.op == "placeholder":
-                return is_tensor(node) and node not in self.mutated
+                return is_tensor(node) and node not in self.unusable
+            if node in tried:
+                return False
+            tried.add(node)
             step = _Step(node, views.get(node))
             possible = step.view is not None or node.target is _ops.keep.default or allowed(node)
             if not is_tensor(node) or not possible or len(steps) >= _LONGEST:

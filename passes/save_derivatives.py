@@ -12,15 +12,13 @@ import functools
 from torch import fx
 
 from slimfit_fx.codecs import Derivative
-from slimfit_fx.graph import VIEWS, aten, call
+from slimfit_fx.graph import VIEWS, aten, call, is_pointwise
 from slimfit_fx.plan import Plan, SavedTensor
 from slimfit_fx.split_graph import SplitGraph
 
-from .rebuild import is_pointwise
-
 
 def save_derivatives(split: SplitGraph, plan: Plan) -> None:
-    """Where a row's codec is `Derivative`, hands over the derivative, if the backward reads nothing else of the input."""
+    """Where a row's codec is `Derivative`, hands that over, if the backward reads nothing else of the input."""
     for produced, taken in list(split.saved()):
         row = plan.find(taken.name)
         if row is None or not isinstance(row.codec, Derivative):
@@ -40,19 +38,19 @@ def _find_derivative(taken: fx.Node) -> fx.Node | None:
         if arguments and inside.issuperset(arguments) and (is_pointwise(node) or node.target in VIEWS):
             inside.add(node)
     border = [node for node in inside if not inside.issuperset(node.users)]
-    if len(border) == 2:
-        border = [_joined(*border)]
-    if len(border) != 1 or border[0] in (None, taken) or not border[0].meta["val"].is_floating_point():
+    derivative = border[0] if len(border) == 1 else _joined(border[0], border[1], inside) if len(border) == 2 else None
+    if derivative is None or derivative is taken or not derivative.meta["val"].is_floating_point():
         return None
-    return border[0]
+    return derivative
 
 
-def _joined(first: fx.Node, second: fx.Node) -> fx.Node | None:
-    """Of (gradient * first) * second, rewritten as gradient * (first * second), the new factor; SiLU's backward is so."""
+def _joined(first: fx.Node, second: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
+    """Of (gradient * first) * second, rewritten as gradient * (first * second), the new factor: SiLU's backward."""
     for inner, outer in ((first, second), (second, first)):
-        if len(inner.users) != 1 or len(outer.users) != 1:
+        scalings, results = set(inner.users) - inside, set(outer.users) - inside
+        if len(scalings) != 1 or len(results) != 1:
             continue
-        scaled, result = next(iter(inner.users)), next(iter(outer.users))
+        scaled, result = scalings.pop(), results.pop()
         if set(scaled.users) == {result} and scaled.target is result.target is aten.mul.Tensor:
             gradient = next(argument for argument in scaled.args if argument is not inner)
             with outer.graph.inserting_before(result):

@@ -97,7 +97,7 @@ class _Partitioner(CustomPartitionerFn):
         split = partition(joint, joint_inputs, **options)
         plan = make_plan(split, gradients, self.rules, self.capture.activations)
         save_derivatives(split, plan)
-        rebuild(split, plan, self.rules.rebuild)
+        rebuild(split, plan, self.capture.activations, self.rules.rebuild)
         compress(split, plan)
         split.finish()
         self.capture.plan = plan

@@ -94,8 +94,8 @@ class Config:
         if not isinstance(fields, Mapping):
             raise ConfigError(f"a config is a JSON object, got {type(fields).__name__}")
         codecs = fields.get("codecs", {}).items()
-        fields["codecs"] = {key: Codec.from_dict(codec) if codec else None for key, codec in codecs}
-        return cls().replace(**fields)
+        decoded = {key: Codec.from_dict(codec) if codec else None for key, codec in codecs}
+        return cls().replace(**{**fields, "codecs": decoded})
 
 
 def _codecs(overrides: Any) -> dict[str, Codec | None]:

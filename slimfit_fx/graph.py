@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
+from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings, free_unbacked_symbols
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
@@ -45,6 +45,8 @@ VIEWS = frozenset(
         aten._unsafe_view.default,
     }
 )
+
+_COPIES = frozenset({aten.clone.default, aten._to_copy.default, torch.ops.prims.convert_element_type.default})
 
 
 @dataclass
@@ -166,10 +168,12 @@ def storage_of(node: fx.Node) -> StorageWeakRef:
 
 
 def hint(size: int | torch.SymInt, unknown: int = 0) -> int:
-    """A size as the capture saw it; `unknown` if it is known at run time only."""
+    """A size as the capture saw it, with `unknown` for what is known at run time only."""
     if isinstance(size, int):
         return size
-    return int(size.node.hint) if size.node.has_hint() else unknown
+    if size.node.has_hint():
+        return int(size.node.hint)
+    return int(size.node.expr.subs(dict.fromkeys(free_unbacked_symbols(size), unknown)))
 
 
 def bytes_of(node: fx.Node, rows: int = 0) -> int:
@@ -205,6 +209,13 @@ def readers(node: fx.Node) -> Iterator[fx.Node]:
                 yield user
 
 
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each element of the result depends on one element of each argument, and on nothing random."""
+    tags = getattr(node.target, "tags", ())
+    random = torch.Tag.nondeterministic_seeded in tags
+    return node.op == "call_function" and not random and (torch.Tag.pointwise in tags or node.target in _COPIES)
+
+
 def inputs_of(graph: fx.Graph) -> dict[int, fx.Node]:
     """The primals of a graph by their position in the captured graph, whatever AOTAutograd did to their order."""
     primals = [node for node in graph.find_nodes(op="placeholder") if node.name.startswith("primals")]
@@ -213,4 +224,3 @@ def inputs_of(graph: fx.Graph) -> dict[int, fx.Node]:
 
 def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
-

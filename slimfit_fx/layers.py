@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import Config
 from .errors import ConfigError, ModelError
+from .roles import ROLES
 
 # What a classifier is called in models that do not say themselves where their head is.
 _HEAD_NAMES = r"^(classifier|head|fc|score|qa_outputs)\."
@@ -56,6 +57,17 @@ def find_layers(model: nn.Module, config: Config) -> list[Layer]:
     for name in gated:
         groups.setdefault(_group(name, config.granularity), []).append(name)
     return [Layer(name, tuple(members), not head.isdisjoint(members)) for name, members in groups.items()]
+
+
+def check_modules(model: nn.Module, config: Config) -> None:
+    """Raises `ConfigError` if a codec is meant for modules that are not there."""
+    paths = [name for name, _ in model.named_modules()]
+    for pattern in config.codecs:
+        if pattern not in ROLES and not any(re.search(pattern, path) for path in paths):
+            raise ConfigError(
+                f"codecs: {pattern!r} is no role ({', '.join(ROLES)}) and matches no module; "
+                f"modules are called {', '.join(paths[1:4])}"
+            )
 
 
 def find_head(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -77,21 +77,23 @@ def _(a: Tensor, b: Tensor, gates: Tensor, layer: int, dtype: torch.dtype) -> Te
 
 
 @_define(
-    "embedding_gradient(Tensor rows, Tensor indices, Tensor mask, SymInt count, Tensor gates, int layer) -> Tensor"
+    "embedding_gradient(Tensor rows, Tensor indices, Tensor mask, SymInt count, Tensor gates, int layer, "
+    "ScalarType dtype) -> Tensor"
 )
 def embedding_gradient(
-    rows: Tensor, indices: Tensor, mask: Tensor, count: int, gates: Tensor, layer: int
+    rows: Tensor, indices: Tensor, mask: Tensor, count: int, gates: Tensor, layer: int, dtype: torch.dtype
 ) -> Tensor:
-    """[count, d]: the sums of `rows` [..., d] by `indices` [...] where `mask` [..., 1]; [0, d] if `layer` is closed."""
+    """The sums [count, d] in `dtype` of `rows` [..., d] by `indices` [...] where `mask` [..., 1], if `layer` is open,
+    else [0, d]."""
     if gates[layer]:
         zeros = rows.new_zeros((count, rows.shape[-1]))
-        return torch.ops.aten._unsafe_masked_index_put_accumulate(zeros, mask, [indices], rows)
-    return rows.new_empty((0, rows.shape[-1]))
+        return torch.ops.aten._unsafe_masked_index_put_accumulate(zeros, mask, [indices], rows).to(dtype)
+    return rows.new_empty((0, rows.shape[-1]), dtype=dtype)
 
 
 @_fake("embedding_gradient")
-def _(rows: Tensor, indices: Tensor, mask: Tensor, count: int, gates: Tensor, layer: int) -> Tensor:
-    return rows.new_empty((_unknown_size(), rows.shape[-1]))
+def _(rows: Tensor, indices: Tensor, mask: Tensor, count: int, gates: Tensor, layer: int, dtype: torch.dtype) -> Tensor:
+    return rows.new_empty((_unknown_size(), rows.shape[-1]), dtype=dtype)
 
 
 @_define("pass_gradient(Tensor gradient, Tensor gates, int layer) -> Tensor")

@@ -62,7 +62,8 @@ class SavedTensor:
 
     def store(self, nbytes: int, form: str = "") -> None:
         """Notes what a pass made of it."""
-        self.stored, self.form = nbytes, f"derivative, {form}" if self.derived else form
+        self.stored = nbytes
+        self.form = ", ".join(filter(None, ("derivative" if self.derived else "", form)))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .config import Config
 from .errors import ModelError
 from .gradient_error import GradientError, gradient_errors
+from .plan import Plan, merge_plans
 from .session import Session
 
 
@@ -22,25 +23,28 @@ def probe(
 
     Both runs have all gates open and the same random state; the interpreter runs the graphs.
     """
-    with _untouched(model):
-        exact = _gradients(model, config.replace(preset="exact", codecs={}), sample, loss)
-        found = _gradients(model, config, sample, loss)
+    exact, _ = sample_gradients(model, config.replace(preset="exact", codecs={}), sample, loss)
+    found, _ = sample_gradients(model, config, sample, loss)
     return gradient_errors(found, exact)
 
 
-def _gradients(
-    model: nn.Module, config: Config, sample: Any, loss: Callable[[Any], Tensor] | None
-) -> dict[str, Tensor]:
+def sample_gradients(
+    model: nn.Module, config: Config, sample: Any, loss: Callable[[Any], Tensor] | None = None
+) -> tuple[dict[str, Tensor], Plan]:
+    """The gradients of one sample with all gates open, by parameter name, on the CPU; and what was saved for them.
+
+    The interpreter runs the graphs. The model, its gradients and torch's random state stay as they are.
+    """
     session = Session(model, config.replace(mode="eager", freeze_rate=0.0))
-    try:
-        run = session.compiled(model)
-        model.zero_grad()
-        with torch.random.fork_rng(), torch.enable_grad():
+    with _untouched(model), torch.random.fork_rng(), torch.enable_grad():
+        try:
+            run = session.compiled(model)
             outputs = run(**sample) if isinstance(sample, Mapping) else run(sample)
             _scalar(outputs, loss).backward()
-    finally:
-        session.close()
-    return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+        finally:
+            session.close()
+        gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return gradients, merge_plans(capture.plan for capture in session.active)
 
 
 def _scalar(outputs: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
@@ -55,11 +59,12 @@ def _scalar(outputs: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Training mode inside; afterwards gradients, buffers and modes are what they were."""
+    """Training mode and no gradients inside; afterwards gradients, buffers and modes are what they were."""
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     modes = {module: module.training for module in model.modules()}
     model.train()
+    model.zero_grad()
     try:
         yield
     finally:

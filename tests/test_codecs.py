@@ -8,9 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch._inductor.decomposition import select_decomp_table
+from slimfit_fx.passes.compress import trace
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from slimfit_fx.codecs import BitMask, Codec, Derivative, FixedPoint, Float8, Quantize, Recompute, TopK, TopOfBlock
@@ -184,7 +183,7 @@ def test_sizes_known_at_run_time_only(codec):
     mode = FakeTensorMode(shape_env=ShapeEnv())
     sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
     example = mode.from_tensor(torch.randn(5, 96), symbolic_context=sizes)
-    traced = make_fx(both, decomposition_table=select_decomp_table())(example)
+    traced = trace(both, example)
     for rows in (3, 7):
         x = torch.randn(rows, 96)
         assert torch.equal(traced(x), both(x))

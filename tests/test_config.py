@@ -41,7 +41,10 @@ def test_freeze_rate_out_of_range(rate):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"preset": "exakt"}, "unknown preset 'exakt'; known: 'exact'. Did you mean 'exact'?"),
+        (
+            {"preset": "exakt"},
+            "unknown preset 'exakt'; known: 'exact', 'paper', 'balanced', 'tight'. Did you mean 'exact'?",
+        ),
         ({"policy": "lru"}, "unknown policy 'lru'; known: 'update', 'random', 'cyclic', 'static'."),
         ({"mode": "triton"}, "unknown mode 'triton'"),
         ({"granularity": "row"}, "unknown granularity 'row'"),

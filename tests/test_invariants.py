@@ -115,7 +115,7 @@ def test_report_counts_what_is_handed_over(program: Program, data):
         report = slimfit_fx.report(slim)
         assert report.saved_bytes_after == handed_over(outputs, slim, inputs)
     slimfit_fx.gates(slim).set([])
-    static = sum(row["bytes"] for row in slimfit_fx.report(slim).rows if row["kind"] == "static")
+    static = sum(row["bytes_stored"] for row in slimfit_fx.report(slim).rows if row["kind"] == "static")
     assert handed_over(slim(**inputs), slim, inputs) == static
     assert len(report.rows) == sum(total["tensors"] for total in report.by_role())
 
@@ -138,12 +138,14 @@ def test_every_gated_gradient_passes_a_gate(program: Program):
     slim = transformed(program.model(), freeze_rate=0.5)
     slim(**program.inputs())
     _, backward = slimfit_fx.graphs(slim)[0]
-    conditional = count_calls(backward, ops.weight_gradient.default)
+    products = count_calls(backward, ops.weight_gradient.default)
+    conditional = products + count_calls(backward, ops.embedding_gradient.default)
     dropped = count_calls(backward, ops.pass_gradient.default)
     assert conditional + dropped == len(gated_parameters(slim))
     linear = sum(n in ("linear", "linear_2d", "linear_no_bias", "projection") for n in program.steps)
     linear += sum({"branch": 3, "attention": 4, "gated_unit": 3}.get(n, 0) for n in program.steps)
-    assert conditional == linear + 1  # and the head
+    assert products == linear + 1  # and the head
+    assert conditional == products + program.embedded
 
 
 @given(programs((torch.float32,)), st.data())
@@ -151,10 +153,11 @@ def test_a_closed_layer_multiplies_nothing(program: Program, data):
     """Invariant 3: as many weight-gradient products run as linear layers are open."""
     slim, inputs = transformed(program.model(), freeze_rate=0.5), program.inputs()
     outputs = slim(**inputs)
-    gated = session_of(slim).captures[0].plan.gradients
+    gates = slimfit_fx.gates(slim)
+    gated = [g for g in session_of(slim).captures[0].plan.gradients if gates.names[g.layer] != "embed.weight"]
     choose_gates(data, slim)
     outputs = slim(**inputs)
-    expected = sum(g.conditional and slimfit_fx.gates(slim).table[g.layer].item() for g in gated)
+    expected = sum(g.conditional and gates.table[g.layer].item() for g in gated)
     with mock.patch("slimfit_fx.ops.torch.mm", wraps=torch.mm) as products:
         loss_of(outputs).backward()
     assert products.call_count == expected

@@ -38,10 +38,12 @@ class TopK(Codec):
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         flat = x.reshape(-1)
         indices = flat.abs().topk(self._kept(flat.shape[0]), sorted=False).indices
-        return flat.gather(0, indices), indices.to(torch.int32)
+        # the number of rows may be known at run time only: a part without elements carries it
+        rows = x.new_empty((x.shape[0] if x.dim() else 1, 0))
+        return flat.gather(0, indices), indices.to(torch.int32), rows
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        values, indices = parts
+        values, indices, _ = parts
         zeros = values.new_zeros(tuple(shape)).reshape(-1)
         return zeros.scatter(0, indices.to(torch.int64), values).reshape(tuple(shape)).to(dtype)
 

@@ -95,10 +95,7 @@ class Quantize(Codec):
         return step + step * 0.0  # NaN if it is infinite: zeros of the group would otherwise survive alone
 
     def _round(self, codes: Tensor, values: Tensor) -> Tensor:
-        if self.stochastic:
-            codes = (codes + _noise(values, self.seed)).floor()
-        else:
-            codes = codes.round()
+        codes = (codes + _noise(values, self.seed)).floor() if self.stochastic else codes.round()
         largest = 2 * self._levels if self.symmetric else self._levels
         return pack(codes.clamp(0, largest), self.bits)
 

