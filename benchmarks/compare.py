@@ -1,9 +1,9 @@
 """Measures methods side by side, each in processes of its own, in turn; writes JSON and prints ratios.
 
-    python benchmarks/compare.py compile exact --setting bert4 --rounds 3 --out benchmarks/results/bert4-cpu.json
+    python benchmarks/compare.py compile balanced balanced@0 tight --rounds 3 --out benchmarks/results/bert4-cpu.json
     python benchmarks/compare.py --show benchmarks/results/bert4-cpu.json
 
-Ratios are taken within a round, against the first method, and their median over the rounds is shown: the speed of a
+A preset may be followed by its freezing rate, 0.9 by default. Ratios are taken within a round, against the first method, and their median over the rounds is shown: the speed of a
 shared machine drifts, but not much within a round.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import METHODS
+from measure import BASELINES, METHODS
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -37,7 +37,7 @@ ENVIRONMENT = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", choices=[*METHODS, []], help="the first one is compared with")
+    parser.add_argument("methods", nargs="*", help=f"of {', '.join(METHODS)}; the first one is compared with")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--show", type=Path, help="print the table of a result that is there already")
@@ -60,7 +60,8 @@ def run(methods: list[str], rounds: int, arguments: list[str]) -> list[list[dict
         rows = []
         for method in methods:
             progress.set_description(method)
-            command = [sys.executable, str(HERE / "measure.py"), method, *arguments]
+            name, _, rate = method.partition("@")
+            command = [sys.executable, str(HERE / "measure.py"), name, "--freeze-rate", rate or "0.9", *arguments]
             done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
             rows.append(
                 json.loads(done.stdout.splitlines()[-1])
@@ -80,7 +81,7 @@ def table(result: dict[str, Any]) -> str:
         if any("error" in rows[place] for rows in rounds):
             lines.append([row["method"], *(["failed"] * len(FIGURES))])
             continue
-        cells = [f"{row['method']} F={row['freeze_rate']}" if row["method"] == "exact" else row["method"]]
+        cells = [row["method"] if row["method"] in BASELINES else f"{row['method']} F={row['freeze_rate']:g}"]
         for figure in FIGURES:
             value = statistics.median(rows[place][figure] for rows in rounds)
             ratio = statistics.median(rows[place][figure] / rows[0][figure] for rows in rounds)

@@ -25,8 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from meter import PeakMemory
 
 import slimfit_fx
+from slimfit_fx.presets import PRESETS
 
-METHODS = ("eager", "compile", "exact", "balanced", "tight", "paper")
+BASELINES = ("eager", "compile")
+METHODS = (*BASELINES, *PRESETS)
 
 
 def bert(batch: int, length: int, **config: Any) -> tuple[nn.Module, dict[str, Any]]:
