@@ -28,7 +28,7 @@ def parser(description: str | None, epochs: int, learning_rate: float, baseline_
     which = options.add_mutually_exclusive_group()
     which.add_argument("--baseline", action="store_true", help="plain torch.compile, every layer trains")
     which.add_argument("--eager-baseline", action="store_true", help="no compiler, every layer trains")
-    options.add_argument("--preset", default="exact")
+    options.add_argument("--preset", default="balanced")
     options.add_argument("--freeze-rate", type=float, default=0.9)
     options.add_argument("--policy", default="update")
     options.add_argument("--mode", default="inductor", choices=["inductor", "eager"])

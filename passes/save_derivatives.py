@@ -8,11 +8,13 @@ x still is at hand.
 from __future__ import annotations
 
 import functools
+import itertools
+from typing import Any
 
-from torch import fx
+from torch import SymInt, fx
 
 from slimfit_fx.codecs import Derivative
-from slimfit_fx.graph import VIEWS, aten, call, is_pointwise
+from slimfit_fx.graph import VIEWS, aten, call, is_pointwise, is_tensor
 from slimfit_fx.plan import Plan, SavedTensor
 from slimfit_fx.split_graph import SplitGraph
 
@@ -24,9 +26,9 @@ def save_derivatives(split: SplitGraph, plan: Plan) -> None:
         if row is None or not isinstance(row.codec, Derivative):
             continue
         derivative = None if row.borrowed else _find_derivative(taken)
-        row.codec = row.codec.otherwise if derivative is None else row.codec.codec
-        if derivative is not None:
-            moved = _move_to_forward(produced, taken, derivative)
+        moved = None if derivative is None else _move_to_forward(produced, taken, derivative)
+        row.codec = row.codec.otherwise if moved is None else row.codec.codec
+        if moved is not None and derivative is not None:
             split.replace_saved(taken, [moved], functools.partial(_read_instead, derivative, row))
 
 
@@ -34,7 +36,7 @@ def _find_derivative(taken: fx.Node) -> fx.Node | None:
     """The node of the backward through which alone the rest of it depends on `taken`."""
     inside = {taken}
     for node in taken.graph.nodes:
-        arguments = node.all_input_nodes
+        arguments = [argument for argument in node.all_input_nodes if is_tensor(argument)]
         if arguments and inside.issuperset(arguments) and (is_pointwise(node) or node.target in VIEWS):
             inside.add(node)
     border = [node for node in inside if not inside.issuperset(node.users)]
@@ -61,20 +63,36 @@ def _joined(first: fx.Node, second: fx.Node, inside: set[fx.Node]) -> fx.Node | 
     return None
 
 
-def _move_to_forward(produced: fx.Node, taken: fx.Node, derivative: fx.Node) -> fx.Node:
-    """Copies what computes `derivative` from `taken` to the forward, right behind `produced`."""
+def _move_to_forward(produced: fx.Node, taken: fx.Node, derivative: fx.Node) -> fx.Node | None:
+    """Copies what computes `derivative` from `taken` to the forward, right behind `produced`.
+
+    None if that takes a symbolic size which the forward does not know there yet.
+    """
     needed, pending = set(), [derivative]
     while pending:
         node = pending.pop()
         if node is not taken and node not in needed:
             needed.add(node)
             pending.extend(node.all_input_nodes)
+    known = _sizes_before(produced)
     copies = {taken: produced}
     with produced.graph.inserting_before(produced.next):
         for node in taken.graph.nodes:
-            if node in needed:
+            if node in needed and node.op == "placeholder":
+                size = known.get(node.meta["val"].node.expr)
+                if size is None:
+                    return None
+                copies[node] = size
+            elif node in needed:
                 copies[node] = produced.graph.node_copy(node, copies.__getitem__)
     return copies[derivative]
+
+
+def _sizes_before(end: fx.Node) -> dict[Any, fx.Node]:
+    """The symbolic sizes that a graph computes before the node `end`, by their expressions."""
+    nodes = itertools.takewhile(lambda node: node is not end, end.graph.nodes)
+    values = ((node.meta.get("val"), node) for node in nodes)
+    return {value.node.expr: node for value, node in values if isinstance(value, SymInt)}
 
 
 def _read_instead(derivative: fx.Node, row: SavedTensor, placeholders: list[fx.Node]) -> fx.Node:

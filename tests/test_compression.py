@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import count_calls, handed_over, reference, run, tensors, transformed
+from helpers import count_calls, handed_over, no_recompile, reference, run, tensors, transformed
 from hypothesis import given
 from hypothesis import strategies as st
 from programs import Program, programs
@@ -308,6 +308,28 @@ def test_checkpointed_blocks_and_memory_budgets_save_less_still():
         assert saved["balanced"][0] < saved["exact"][0] / 2
         assert torch.equal(saved["balanced"][2], saved["exact"][2])
         assert relative_error(saved["balanced"][1], saved["exact"][1]) < 0.1
+
+
+def test_changing_sizes():
+    """Dynamic batch and length: one recompile, then none; codes that do not fill their bytes."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(16, 36), nn.GELU(), nn.Linear(36, 36), nn.LayerNorm(36), nn.Dropout(0.1), nn.Linear(36, 8))
+    model = nn.Sequential(*layers)
+    codecs = {"norm input": Quantize(4, 64), "activation input": Derivative(Quantize(2, 64)), "dropout mask": BitMask()}
+    exact, slim = transformed(model, always_open=()), transformed(model, always_open=(), codecs=codecs)
+    gates = slimfit_fx.gates(slim)
+    for batch, length in ((4, 3), (6, 5)):
+        run(slim, {"input": torch.randn(batch, length, 16)})
+        run(exact, {"input": torch.randn(batch, length, 16)})
+    assert {"int4, group 64", "derivative, int2, group 64", "bits"} <= {row["stored_as"] for row in rows(slim).values()}
+    with no_recompile():
+        for batch, length in ((7, 2), (3, 9)):
+            inputs = {"input": torch.randn(batch, length, 16)}
+            for model in (slim, exact):
+                slimfit_fx.gates(model).set(gates.names)
+            outputs, expected = slim(**inputs), exact(**inputs)
+            assert outputs.shape == expected.shape
+            assert relative_error(run(slim, inputs)[1], run(exact, inputs)[1]) < 0.5
 
 
 def test_the_gradient_error_of_a_sample():

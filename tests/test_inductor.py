@@ -14,6 +14,7 @@ import transformers
 from helpers import gated_parameters, handed_over, no_recompile, reference, run, transformed
 
 import slimfit_fx
+from slimfit_fx.gradient_error import gradient_errors
 
 pytestmark = pytest.mark.inductor
 
@@ -63,6 +64,35 @@ def test_bert():
             sizes[len(open_names)] = handed_over(outputs, slim, inputs)
             assert slimfit_fx.report(slim).saved_bytes_after == sizes[len(open_names)]
     assert sizes[0] < sizes[6] < sizes[len(gates)]
+
+
+def test_bert_compressed():
+    """Codecs under Inductor: the forward is untouched, both modes agree, bytes are as reported, nothing recompiles."""
+    model, inputs = small_bert()
+    expected, exact = run(reference(model, "inductor"), inputs)
+    slim = transformed(model, mode="inductor", preset="balanced", freeze_rate=0.0)
+    outputs, found = run(slim, inputs)
+    assert torch.equal(outputs.logits, expected.logits)
+    assert torch.equal(outputs.loss, expected.loss)
+    errors = gradient_errors(found, exact)
+    assert 0 < errors["all"].relative < 0.02
+    interpreted = transformed(model, preset="balanced", freeze_rate=0.0)
+    run(interpreted, inputs)
+    for ours, theirs in zip(slimfit_fx.graphs(slim)[0], slimfit_fx.graphs(interpreted)[0], strict=True):
+        assert shapes(ours) == shapes(theirs)
+
+    gates = slimfit_fx.gates(slim)
+    generator = torch.Generator().manual_seed(0)
+    with no_recompile():
+        for _ in range(5):
+            gates.set_flags((torch.rand(len(gates), generator=generator) < 0.5).tolist())
+            outputs = slim(**inputs)
+            assert slimfit_fx.report(slim).saved_bytes_after == handed_over(outputs, slim, inputs)
+            outputs.loss.backward()
+
+
+def shapes(graph: torch.fx.GraphModule) -> list[torch.Size]:
+    return sorted(node.meta["val"].shape for node in graph.graph.find_nodes(op="placeholder"))
 
 
 def test_autocast_and_changing_sizes():
