@@ -124,7 +124,7 @@ def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Parti
         inner_compile=functools.partial(_compile_inner, partitioner.capture),
         # Inductor keeps dead buffers for later use as long as its estimate of the peak is not exceeded. The estimate
         # counts the steps of quantised groups once an element: far too high.
-        config_patches={"custom_partitioner_fn": partitioner, "allow_buffer_reuse": False},
+        config_patches={"custom_partitioner_fn": partitioner, "allow_buffer_reuse": not partitioner.rules.compress},
     )
     return cast("Callable[..., Any]", compiled)
 

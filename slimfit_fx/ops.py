@@ -86,8 +86,9 @@ def embedding_gradient(
     """The sums [count, d] in `dtype` of `rows` [..., d] by `indices` [...] where `mask` [..., 1], if `layer` is open,
     else [0, d]."""
     if gates[layer]:
-        zeros = rows.new_zeros((count, rows.shape[-1]))
-        return torch.ops.aten._unsafe_masked_index_put_accumulate(zeros, mask, [indices], rows).to(dtype)
+        sums = rows.new_zeros((count, rows.shape[-1]))
+        indices = indices.masked_fill(~mask.squeeze(-1), 0)  # what is masked may be out of range: it adds zeros
+        return sums.index_put_((indices,), rows.masked_fill(~mask, 0), accumulate=True).to(dtype)
     return rows.new_empty((0, rows.shape[-1]), dtype=dtype)
 
 

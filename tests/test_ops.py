@@ -56,3 +56,14 @@ def test_schemas_and_fake_kernels_agree_with_the_kernels():
 
 def test_the_kernels_are_plain_functions():
     assert ops.keep(torch.ones(2, 2), torch.tensor([False]), [0]).shape == (0, 2)
+
+
+def test_embedding_gradient_sums_rows_where_the_mask_is():
+    rows, indices = torch.arange(8.0).view(4, 2), torch.tensor([1, 0, 1, 9])
+    mask = torch.tensor([[True], [True], [True], [False]])
+    gates = torch.tensor([True, False])
+    arguments = (rows, indices, mask, 3, gates)
+    expected = [[2.0, 3.0], [4.0, 6.0], [0.0, 0.0]]
+    assert ops.embedding_gradient(*arguments, 0, torch.float32).tolist() == expected
+    assert ops.embedding_gradient(*arguments, 1, torch.bfloat16).shape == (0, 2)
+    assert ops.embedding_gradient(*arguments, 1, torch.bfloat16).dtype is torch.bfloat16
