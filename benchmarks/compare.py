@@ -3,8 +3,8 @@
     python benchmarks/compare.py compile balanced balanced@0 tight --rounds 3 --out benchmarks/results/bert4-cpu.json
     python benchmarks/compare.py --show benchmarks/results/bert4-cpu.json
 
-A preset may be followed by its freezing rate, 0.9 by default. Ratios are taken within a round, against the first method,
-and their median over the rounds is shown: the speed of a shared machine drifts, but not much within a round.
+A preset may be followed by its freezing rate, 0.9 by default. Ratios are taken within a round, against the first
+method, and their median over the rounds is shown: the speed of a shared machine drifts, but little within a round.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -58,12 +59,13 @@ def test_bert():
                     assert found[name] is None
                 else:
                     torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
-        for open_names in ([], gates.names[:6], gates.names):
+        kept = "bert.encoder.layer.0.attention.output.dense.weight"  # its input is no function of what is saved
+        for open_names in ([], [kept], gates.names):
             gates.set(open_names)
             outputs = slim(**inputs)
             sizes[len(open_names)] = handed_over(outputs, slim, inputs)
             assert slimfit_fx.report(slim).saved_bytes_after == sizes[len(open_names)]
-    assert sizes[0] < sizes[6] < sizes[len(gates)]
+    assert sizes[0] < sizes[1] == sizes[len(gates)], "the other layers' inputs are rebuilt"
 
 
 def test_bert_compressed():
@@ -91,8 +93,10 @@ def test_bert_compressed():
             outputs.loss.backward()
 
 
-def shapes(graph: torch.fx.GraphModule) -> list[torch.Size]:
-    return sorted(node.meta["val"].shape for node in graph.graph.find_nodes(op="placeholder"))
+def shapes(graph: torch.fx.GraphModule) -> list[str]:
+    """Of all inputs; a size that is known at run time only is called u."""
+    values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    return sorted(re.sub(r"u\d+", "u", f"{value.dtype} {tuple(value.shape)}") for value in values)
 
 
 def test_autocast_and_changing_sizes():
