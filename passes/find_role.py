@@ -57,6 +57,8 @@ _BY_READER = {
 }
 _ACTIVATIONS = frozenset({"gelu", "silu", "relu", "hardswish", "mish", "elu", "leaky_relu", "softplus", "sigmoid"})
 
+_SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int})
+
 
 def find_role(produced: fx.Node, taken: fx.Node) -> str:
     """The role of the tensor that the forward makes as `produced` and the backward takes as `taken`."""
@@ -116,7 +118,7 @@ def _are_scores(base: fx.Node) -> bool:
 
 def _is_statistic(node: fx.Node) -> bool:
     """One number a row or a channel; of a kernel with several results, what is not the first."""
-    if node.target is operator.getitem:
+    if node.target is operator.getitem and node.args[0].target not in _SPLITS:  # type: ignore[union-attr]
         return bool(node.args[1])
     shape = [hint(size, 2) for size in node.meta["val"].shape]
     return len(shape) < 2 or shape[-1] == 1

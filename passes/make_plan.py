@@ -63,7 +63,9 @@ def make_plan(
 
 def _choose_codecs(plan: Plan, rules: CodecRules) -> None:
     """Notes the codec of each tensor. What is much smaller than the others keeps its precision unless asked for."""
-    choices = [(row, *rules.chosen(row.role, row.module)) for row in plan.saved if not row.borrowed]
+    choices = [
+        (row, *rules.chosen(row.role, row.module, getattr(torch, row.dtype))) for row in plan.saved if not row.borrowed
+    ]
     largest = max((row.nbytes for row, _, codec in choices if codec is not None), default=0)
     for row, asked, codec in choices:
         if asked or row.nbytes * _SMALL >= largest:

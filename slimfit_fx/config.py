@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .codecs import Codec
 from .errors import ConfigError, choose
 from .presets import PRESETS
-from .roles import ROLES
+from .roles import ROLE_DTYPES, ROLES
 
 POLICIES = ("update", "random", "cyclic", "static")
 GRANULARITIES = ("parameter", "module", "block")
@@ -107,6 +109,9 @@ def _codecs(overrides: Any) -> dict[str, Codec | None]:
             raise ConfigError(
                 f"codecs[{key!r}] must be a codec, for example slimfit_fx.codecs.Quantize(8), or None; got {codec!r}"
             )
+        dtype = ROLE_DTYPES.get(key, torch.float32)
+        if codec is not None and key in ROLES and not codec.accepts(dtype):
+            raise ConfigError(f"codecs[{key!r}]: {codec.label} does not encode {str(dtype).removeprefix('torch.')}")
     _patterns("codecs", [key for key in overrides if key not in ROLES])
     return dict(overrides)
 

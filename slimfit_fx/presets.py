@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from .codecs import BitMask, Codec, Derivative, FixedPoint, Quantize, Recompute, TopK
 from .roles import ROLES
 
@@ -72,9 +74,15 @@ PRESETS = {
 }
 
 
+# An error in these is an error in everything that they scale, choose or measure.
+_PRECISE = frozenset({"statistics", "logits", "indices"})
+
+
 @dataclass(frozen=True)
 class CodecRules:
     """Chooses a codec for a saved tensor: overrides by module first, then overrides by role, then the preset.
+
+    A module's override leaves alone what its codec cannot encode (masks), and what is exact unless asked for by role.
 
     Attributes:
         preset: a name in `PRESETS`.
@@ -94,10 +102,11 @@ class CodecRules:
         """Whether any codec is used."""
         return bool(PRESETS[self.preset].codecs) or any(self.overrides.values())
 
-    def chosen(self, role: str, module: str) -> tuple[bool, Codec | None]:
+    def chosen(self, role: str, module: str, dtype: torch.dtype) -> tuple[bool, Codec | None]:
         """(whether an override says so, the codec)."""
         for key, codec in self.overrides.items():
-            if key not in ROLES and re.search(key, module):
+            applies = role not in _PRECISE and (codec is None or codec.accepts(dtype))
+            if key not in ROLES and applies and re.search(key, module):
                 return True, codec
         if role in self.overrides:
             return True, self.overrides[role]

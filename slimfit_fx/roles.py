@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 # Roles that a codec can be chosen for.
 ROLES = {
     "linear input": "of a linear layer; read by its weight gradient only",
@@ -18,6 +20,9 @@ ROLES = {
     "statistics": "one number a row or a channel: reciprocal standard deviations, log-sum-exps",
     "other": "anything else: hidden states at a checkpoint, operands of products",
 }
+
+# Of the roles that are no floats.
+ROLE_DTYPES = {"dropout mask": torch.bool, "indices": torch.int64}
 
 # Not a choice: the caller holds it anyway, or the passes made it.
 BORROWED = "input or parameter"
