@@ -45,7 +45,7 @@ CANDIDATES: dict[str, list[Codec]] = {
         *GENERAL,
         FixedPoint(4, 0.5, -4.0),
         Derivative(Quantize(8)),
-        Derivative(FixedPoint(4, 0.084, -0.13)),
+        Derivative(FixedPoint(4, 1.26 / 15, -0.13)),
         Derivative(Quantize(4, 64, symmetric=False)),
         Derivative(FixedPoint(2, 0.42, -0.13)),
         Derivative(Quantize(2, 64, symmetric=False)),
@@ -53,7 +53,7 @@ CANDIDATES: dict[str, list[Codec]] = {
     ],
     "attention operand": [*GENERAL, FixedPoint(8, 1 / 16, -8.0)],
     "softmax output": [*GENERAL, FixedPoint(8, 1 / 256, 0.0)],
-    "norm input": [*GENERAL, TopK(0.1)],
+    "norm input": [*GENERAL, Quantize(8, 32), Quantize(8, 64, symmetric=False), Float8("e4m3", 32), TopK(0.1)],
     "linear input": GENERAL,
 }
 

@@ -18,6 +18,10 @@ class Recompute(Codec):
 
     otherwise: Codec | None = Quantize(8)  # noqa: RUF009  (frozen)
 
+    @property
+    def label(self) -> str:
+        return "recomputed"
+
 
 @dataclass(frozen=True)
 class Derivative(Codec):
@@ -31,3 +35,7 @@ class Derivative(Codec):
 
     codec: Codec | None = Quantize(4)  # noqa: RUF009  (frozen)
     otherwise: Codec | None = Quantize(8)  # noqa: RUF009  (frozen)
+
+    @property
+    def label(self) -> str:
+        return f"derivative, {self.codec.label}" if self.codec else "derivative"
