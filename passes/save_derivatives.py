@@ -96,8 +96,14 @@ def _sizes_before(end: fx.Node) -> dict[Any, fx.Node]:
 
 
 def _read_instead(derivative: fx.Node, row: SavedTensor, placeholders: list[fx.Node]) -> fx.Node:
-    """Takes the derivative from its placeholder. What computed it has no reader any more: `finish` removes it."""
+    """Takes the derivative from its placeholder, and computes it no more."""
     (placeholder,) = placeholders
     derivative.replace_all_uses_with(placeholder)
     row.name, row.derived = placeholder.name, True
+    pending = [derivative]
+    while pending:
+        node = pending.pop()
+        if node.op == "call_function" and not node.users and not node._erased:
+            pending.extend(node.all_input_nodes)
+            node.graph.erase_node(node)
     return placeholder
