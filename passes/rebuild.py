@@ -94,7 +94,14 @@ class _Step:
 
     @property
     def sources(self) -> list[fx.Node]:
-        return self.node.all_input_nodes if self.view is None else [self.view]
+        if self.view is not None:
+            return [self.view]
+        # the gates do not matter here: what is kept is rebuilt whole
+        return self.node.all_input_nodes[:1] if self.keeps else self.node.all_input_nodes
+
+    @property
+    def keeps(self) -> bool:
+        return self.node.target is _ops.keep.default
 
 
 class _Recipes:
@@ -124,12 +131,10 @@ class _Recipes:
                 return False
             tried.add(node)
             step = _Step(node, views.get(node))
-            possible = step.view is not None or node.target is _ops.keep.default or allowed(node)
+            possible = step.view is not None or step.keeps or allowed(node)
             if not is_tensor(node) or not possible or len(steps) >= _LONGEST:
                 return False
-            # the gates do not matter here: what is kept is rebuilt whole
-            sources = step.sources[:1] if node.target is _ops.keep.default else step.sources
-            if not all(map(visit, sources)):
+            if not all(map(visit, step.sources)):
                 return False
             steps[node] = step
             return True
@@ -151,7 +156,7 @@ class _Recipes:
         graph = self.split.backward.graph
         if step.view is not None:
             copy = call(graph, *_undone(step.view, there[step.view]), step.node)
-        elif step.node.target is _ops.keep.default:
+        elif step.keeps:
             return there[step.sources[0]]
         else:
             copy = graph.node_copy(step.node, there.__getitem__)

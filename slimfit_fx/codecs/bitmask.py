@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .codec import Codec
-from .layout import grouped, pack, ungrouped, unpack
+from .layout import RUN, grouped, pack, ungrouped, unpack
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,10 @@ class BitMask(Codec):
         return dtype is torch.bool
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (pack(grouped(x.to(torch.float32), _GROUP, 8), 1),)
+        return (pack(grouped(x.to(torch.float32), RUN, 8), 1),)
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return ungrouped(unpack(parts[0], 1) > 0.5, shape, _GROUP, 8).to(dtype)
+        return ungrouped(unpack(parts[0], 1) > 0.5, shape, RUN, 8).to(dtype)
 
     def error_bound(self, x: Tensor) -> Tensor:
         return torch.zeros(x.shape, dtype=torch.float64)
-
-
-# Elements that share bytes: 64 bytes are a vector register, or a cache line.
-_GROUP = 512

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+# The group of codecs that need none but to share bytes: long runs for vector units.
+RUN = 512
+
 
 def grouped(x: Tensor, group: int, multiple: int = 1) -> Tensor:
     """x as [..., groups, size]: groups of about `group` elements of a row, their size a multiple of `multiple`.

@@ -11,7 +11,7 @@ from torch import Tensor
 from slimfit_fx.errors import ConfigError
 
 from .codec import Codec, rounding_bound, smallest
-from .layout import grouped, pack, ungrouped, unpack
+from .layout import RUN, grouped, pack, ungrouped, unpack
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,13 @@ class FixedPoint(Codec):
         return f"fixed point, {self.bits} bits, step {self.step:g}"
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        values = grouped(torch.nan_to_num(x.to(torch.float32), nan=0.0), _FIXED_GROUP, 8 // self.bits)
+        values = grouped(torch.nan_to_num(x.to(torch.float32), nan=0.0), RUN, 8 // self.bits)
         codes = ((values - self.low) * (1.0 / self.step)).round().clamp(0, 2**self.bits - 1)
         return (pack(codes, self.bits),)
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         values = unpack(parts[0], self.bits) * self.step + self.low
-        return ungrouped(values, shape, _FIXED_GROUP, 8 // self.bits).to(dtype)
+        return ungrouped(values, shape, RUN, 8 // self.bits).to(dtype)
 
     def error_bound(self, x: Tensor) -> Tensor:
         values = x.double()
@@ -142,12 +142,8 @@ class FixedPoint(Codec):
         return outside + self.step * (0.5 + 1e-4) + rounding_bound(x)
 
 
-# What shares bytes in FixedPoint: long runs for vector units.
-_FIXED_GROUP = 512
-
-
 def _noise(values: Tensor, seed: int) -> Tensor:
-    """Numbers in [0, 1) from a hash (the finaliser of C. Wellons' `triple32` family) of value, place and seed."""
+    """Numbers in [0, 1) from a hash (C. Wellons' `lowbias32`) of value, place and seed."""
     place = torch.arange(values.numel(), device=values.device, dtype=torch.int32).reshape(values.shape)
     bits = values.to(torch.float32).view(torch.int32) ^ (place * -1640531527) ^ (seed * 668265263 % 2**31)
     for shift, factor in ((16, 2146121005), (15, -2073254261)):
