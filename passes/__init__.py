@@ -3,6 +3,7 @@
 from .compress import compress as compress
 from .expose_gates import expose_gates as expose_gates
 from .gate_dynamic import gate_dynamic as gate_dynamic
+from .keep_trained import keep_trained as keep_trained
 from .make_plan import make_plan as make_plan
 from .partition import partition as partition
 from .rebuild import rebuild as rebuild

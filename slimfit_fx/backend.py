@@ -7,6 +7,7 @@ partition        min-cut into forward and backward
 make_plan        label every saved tensor: role, gates, codec
 save_derivatives instead of an activation function's input, where the codec says so
 rebuild          do not save what can be computed from what is saved
+keep_trained     a pruned norm input whole, at steps at which the norm trains
 compress         encode behind the producer, decode before the reader
 Inductor, or the FX interpreter
 """
@@ -28,7 +29,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 
 from slimfit_fx.passes import __path__ as passes_path
-from slimfit_fx.passes import compress, expose_gates, gate_dynamic, make_plan, partition, rebuild, save_derivatives
+from slimfit_fx.passes import compress, expose_gates, gate_dynamic, keep_trained, make_plan, partition, rebuild, save_derivatives
 
 from . import ops as ops
 from .config import Config
@@ -98,6 +99,7 @@ class _Partitioner(CustomPartitionerFn):
         plan = make_plan(split, gradients, self.rules, self.capture.activations)
         save_derivatives(split, plan)
         rebuild(split, plan, self.capture.activations, self.rules.rebuild)
+        keep_trained(split, plan)
         compress(split, plan)
         split.finish()
         self.capture.plan = plan

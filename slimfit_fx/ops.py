@@ -63,6 +63,17 @@ def _(x: Tensor, gates: Tensor, layers: list[int]) -> Tensor:
     return x.new_empty((_unknown_size(), *x.shape[1:]))
 
 
+@_define("prefer(Tensor kept, Tensor otherwise) -> Tensor")
+def prefer(kept: Tensor, otherwise: Tensor) -> Tensor:
+    """A copy of kept [n, ...] if a gate was open and it has rows, else of otherwise [n, ...], contiguous."""
+    return (kept if kept.shape[0] else otherwise).clone(memory_format=torch.contiguous_format)
+
+
+@_fake("prefer")
+def _(kept: Tensor, otherwise: Tensor) -> Tensor:
+    return torch.empty_like(otherwise, memory_format=torch.contiguous_format)
+
+
 @_define("weight_gradient(Tensor a, Tensor b, Tensor gates, int layer, ScalarType dtype) -> Tensor")
 def weight_gradient(a: Tensor, b: Tensor, gates: Tensor, layer: int, dtype: torch.dtype) -> Tensor:
     """a [m, n] @ b [n, k] in `dtype` if `layer` is open, else [0, k] and no multiplication."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .codecs import BitMask, Codec, Derivative, FixedPoint, Quantize, Recompute, TopK
+from .codecs import BitMask, Codec, Derivative, FixedPoint, Quantize, Recompute, TopK, WhenFrozen
 from .roles import ROLES
 
 
@@ -43,7 +43,7 @@ PRESETS = {
             "attention operand": _FIXED8,
             "softmax output": FixedPoint(8, 1 / 256, 0.0),
             "feed-forward input": _FIXED8,
-            "norm input": TopK(0.1),
+            "norm input": WhenFrozen(TopK(0.1)),
         },
         rebuild=False,
     ),

@@ -12,7 +12,7 @@ from slimfit_fx.passes.compress import trace
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from slimfit_fx.codecs import BitMask, Codec, Derivative, FixedPoint, Float8, Quantize, Recompute, TopK, TopOfBlock
+from slimfit_fx.codecs import BitMask, Codec, Derivative, FixedPoint, Float8, Quantize, Recompute, TopK, TopOfBlock, WhenFrozen
 from slimfit_fx.errors import ConfigError
 
 LOSSY = [
@@ -153,7 +153,7 @@ def test_bytes():
 def test_they_print_and_compare():
     assert repr(Quantize(4, 64)) == "Quantize(bits=4, group=64, symmetric=True, stochastic=False, seed=0)"
     assert Quantize(4, 64) == Quantize(4, 64) != Quantize(4, 128)
-    assert len({TopK(0.1), TopK(0.1), Recompute(), Derivative()}) == 3
+    assert len({TopK(0.1), TopK(0.1), Recompute(), Derivative(), WhenFrozen()}) == 4
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from slimfit_fx.passes.make_plan import module_of
 from torch import nn
 
 import slimfit_fx
-from slimfit_fx.codecs import BitMask, Derivative, FixedPoint, Float8, Quantize, Recompute, TopK, TopOfBlock
+from slimfit_fx.codecs import BitMask, Derivative, FixedPoint, Float8, Quantize, Recompute, TopK, TopOfBlock, WhenFrozen
 from slimfit_fx.errors import ConfigError, ModelError
 from slimfit_fx.presets import PRESETS
 from slimfit_fx.transform import session_of
@@ -251,6 +251,33 @@ def test_a_mask_is_not_rebuilt_from_rounded_numbers():
     found = rows(slim)
     assert found["dropout mask"]["stored_as"] == "bits"
     assert found["feed-forward input"]["stored_as"] == "int8, group 128"
+
+
+def test_a_norm_that_trains_keeps_its_input_whole():
+    """The paper's rule: a closed norm's input is pruned, an open one's also whole, and then no gradient has an error."""
+    codecs = {"norm input": WhenFrozen(TopK(0.1))}
+    exact, x = block(codecs={})
+    slim, _ = block(codecs=codecs)
+    norms = [name for name in slimfit_fx.gates(slim).names if name.endswith("norm.weight")]
+    assert norms
+    inputs = {"input": x}
+    for gates in (slimfit_fx.gates(slim), slimfit_fx.gates(exact)):
+        gates.set(gates.names)
+    opened, expected = run(slim, inputs)[1], run(exact, inputs)[1]
+    assert all(torch.equal(opened[name], expected[name]) for name in expected)
+    whole = slimfit_fx.report(slim)
+    assert whole.saved_bytes_after == handed_over(slim(x), slim, inputs)
+
+    for model in (slim, exact):
+        slimfit_fx.gates(model)[norms[0]] = False
+    closed, expected = run(slim, inputs)[1], run(exact, inputs)[1]
+    assert closed[norms[0]] is None
+    assert 0 < relative_error(closed, expected) < 0.5
+    pruned = slimfit_fx.report(slim)
+    assert pruned.saved_bytes_after == handed_over(slim(x), slim, inputs)
+    kept = [row for row in pruned.rows if row["layers"] == [norms[0]]]
+    assert [row["bytes_now"] for row in kept] == [0]
+    assert whole.saved_bytes_after - pruned.saved_bytes_after == kept[0]["bytes_stored"] == x.nbytes
 
 
 def test_overrides_by_role_and_by_module():

@@ -9,3 +9,4 @@ from .quantize import FixedPoint as FixedPoint
 from .quantize import Quantize as Quantize
 from .rebuild import Derivative as Derivative
 from .rebuild import Recompute as Recompute
+from .rebuild import WhenFrozen as WhenFrozen

@@ -1,10 +1,11 @@
-"""Codecs that store something else than the tensor: what the graph lets it be rebuilt from."""
+"""Codecs that choose by the graph: store nothing, something else, or one or the other as the gates are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from .codec import Codec
+from .prune import TopK
 from .quantize import Quantize
 
 
@@ -39,3 +40,18 @@ class Derivative(Codec):
     @property
     def label(self) -> str:
         return f"derivative, {self.codec.label}" if self.codec else "derivative"
+
+
+@dataclass(frozen=True)
+class WhenFrozen(Codec):
+    """Another codec while the norm that reads the tensor is frozen; while it trains the tensor is stored as it is, too.
+
+    Attributes:
+        codec: for frozen steps, and where no gated norm reads the tensor; None stores it as it is.
+    """
+
+    codec: Codec | None = TopK(0.1)  # noqa: RUF009  (frozen)
+
+    @property
+    def label(self) -> str:
+        return f"{self.codec.label} when frozen" if self.codec else "as it is"

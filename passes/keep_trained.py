@@ -1,0 +1,78 @@
+"""Keeps a normalised input whole for the steps at which its norm trains (SlimFit, section 4).
+
+A norm's weight gradient is a sum over its input times a gradient: what was pruned is missing there. Where a row's codec
+is `WhenFrozen`, the input is handed over a second time, by a `keep` with the norm's gate, and the backward prefers that.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import fx
+
+from slimfit_fx.codecs import WhenFrozen
+from slimfit_fx.graph import VIEWS, aten, bytes_of, call, hint, is_pointwise
+from slimfit_fx.plan import Plan, SavedTensor
+from slimfit_fx.split_graph import SplitGraph
+
+_ops = torch.ops.slimfit_fx
+
+
+def keep_trained(split: SplitGraph, plan: Plan) -> None:
+    """Adds a dynamic row for every static one whose codec is `WhenFrozen`, and leaves the codec for frozen steps."""
+    for produced, taken in list(split.saved()):
+        row = plan.find(taken.name)
+        if row is None or not isinstance(row.codec, WhenFrozen):
+            continue
+        row.codec = row.codec.codec
+        layer = None if row.borrowed or row.dynamic else _trained_by(taken)
+        if layer is not None:
+            _keep_beside(split, plan, row, produced, taken, layer)
+
+
+def _trained_by(taken: fx.Node) -> int | None:
+    """The layer of the nearest gated gradient that is a sum over something pointwise of `taken`."""
+    pending, seen = deque(taken.users), set(taken.users)
+    while pending:
+        node = pending.popleft()
+        if node.target is aten.sum.dim_IntList and (layer := _layer_of(node)) is not None:
+            return layer
+        if is_pointwise(node) or node.target in VIEWS:
+            pending.extend(user for user in node.users if user not in seen)
+            seen.update(node.users)
+    return None
+
+
+def _layer_of(total: fx.Node) -> int | None:
+    """The layer whose gradient `total` is, up to its shape and dtype."""
+    for user in total.users:
+        if user.target is _ops.pass_gradient.default:
+            return user.args[2]  # type: ignore[return-value]
+        if (user.target in VIEWS or is_pointwise(user)) and len(user.all_input_nodes) == 1:
+            return _layer_of(user)
+    return None
+
+
+def _keep_beside(
+    split: SplitGraph, plan: Plan, row: SavedTensor, produced: fx.Node, taken: fx.Node, layer: int
+) -> None:
+    graph = split.forward.graph
+    (snapshot,) = graph.find_nodes(op="call_function", target=_ops.snapshot.default)
+    behind = max(produced, snapshot, key=list(graph.nodes).index)
+    with graph.inserting_after(behind):
+        kept = call(graph, _ops.keep.default, (produced, snapshot, [layer]), produced)
+
+    def prefer(placeholders: list[fx.Node]) -> fx.Node:
+        static, whole = placeholders
+        row.name = static.name
+        rows = hint(produced.meta["val"].shape[0])
+        again = SavedTensor(whole.name, row.module, row.role, row.shape, row.dtype, (layer,), nbytes=0, rows=rows)
+        again.store(bytes_of(kept, rows))
+        plan.saved.insert(plan.saved.index(row) + 1, again)
+        with split.insertion():
+            node = call(split.backward.graph, _ops.prefer.default, (whole, static), taken)
+        split.late.add(node)
+        return node
+
+    split.replace_saved(taken, [produced, kept], prefer)
