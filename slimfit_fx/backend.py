@@ -29,7 +29,16 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 
 from slimfit_fx.passes import __path__ as passes_path
-from slimfit_fx.passes import compress, expose_gates, gate_dynamic, keep_trained, make_plan, partition, rebuild, save_derivatives
+from slimfit_fx.passes import (
+    compress,
+    expose_gates,
+    gate_dynamic,
+    keep_trained,
+    make_plan,
+    partition,
+    rebuild,
+    save_derivatives,
+)
 
 from . import ops as ops
 from .config import Config

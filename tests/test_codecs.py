@@ -12,7 +12,18 @@ from slimfit_fx.passes.compress import trace
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from slimfit_fx.codecs import BitMask, Codec, Derivative, FixedPoint, Float8, Quantize, Recompute, TopK, TopOfBlock, WhenFrozen
+from slimfit_fx.codecs import (
+    BitMask,
+    Codec,
+    Derivative,
+    FixedPoint,
+    Float8,
+    Quantize,
+    Recompute,
+    TopK,
+    TopOfBlock,
+    WhenFrozen,
+)
 from slimfit_fx.errors import ConfigError
 
 LOSSY = [

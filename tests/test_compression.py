@@ -254,7 +254,7 @@ def test_a_mask_is_not_rebuilt_from_rounded_numbers():
 
 
 def test_a_norm_that_trains_keeps_its_input_whole():
-    """The paper's rule: a closed norm's input is pruned, an open one's also whole, and then no gradient has an error."""
+    """The paper's rule: a closed norm's input is pruned; with an open one's whole no gradient has an error."""
     codecs = {"norm input": WhenFrozen(TopK(0.1))}
     exact, x = block(codecs={})
     slim, _ = block(codecs=codecs)
