@@ -1,7 +1,8 @@
 """Keeps a normalised input whole for the steps at which its norm trains (SlimFit, section 4).
 
 A norm's weight gradient is a sum over its input times a gradient: what was pruned is missing there. Where a row's
-codec is `WhenFrozen`, the input is handed over a second time, by a `keep` with the norm's gate; the backward prefers it.
+codec is `WhenFrozen`, the input is handed over a second time, by a `keep` with the norm's gate. The backward reads that
+one if it has rows.
 """
 
 from __future__ import annotations
