@@ -8,3 +8,4 @@ from .make_plan import make_plan as make_plan
 from .partition import partition as partition
 from .rebuild import rebuild as rebuild
 from .save_derivatives import save_derivatives as save_derivatives
+from .separate_seeds import separate_seeds as separate_seeds

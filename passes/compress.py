@@ -1,13 +1,14 @@
 """Encodes saved tensors right behind their producers, and decodes them right before their readers.
 
-A codec is traced to ATen operators for the tensor at hand and spliced into both graphs, so that the code generator
-fuses it with its neighbours. It sees the tensor in memory order, whatever dimensions a view has permuted.
+A codec is traced to ATen operators, once for all tensors of one form, and spliced into both graphs, so that the code
+generator fuses it with its neighbours. It sees the tensor in memory order, whatever dimensions a view has permuted.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -16,20 +17,20 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from slimfit_fx.codecs import Codec
-from slimfit_fx.graph import VIEWS, bytes_of, hint, origin_of, storage_bytes, storage_of
+from slimfit_fx.graph import VIEWS, bytes_of, fake_result, hint, origin_of, storage_bytes, storage_of
 from slimfit_fx.plan import Plan
 from slimfit_fx.split_graph import SplitGraph
 
 
 def compress(split: SplitGraph, plan: Plan) -> None:
     """Applies the codec of every row of the plan whose tensor is still saved, and notes the bytes of its parts."""
-    counted = set()
+    counted, traces = set(), _Traces()
     for produced, taken in list(split.saved()):
         row = plan.find(taken.name)
         if row is None or row.borrowed:
             continue
         if row.codec is not None and row.codec.accepts(taken.meta["val"].dtype):
-            tensor = _Encoded(row.codec, taken)
+            tensor = _Encoded(row.codec, taken, traces)
             parts = tensor.encode(split, produced)
             split.replace_saved(taken, parts, functools.partial(tensor.decode, split))
             row.store(sum(bytes_of(part, row.rows) for part in parts), row.codec.label)
@@ -47,19 +48,38 @@ def trace(function: Callable[..., Any], *arguments: Any) -> fx.GraphModule:
         return make_fx(function, decomposition_table=select_decomp_table())(*arguments)
 
 
+class _Traces(dict[str, fx.GraphModule]):
+    """What `trace` made of functions, by what they depend on."""
+
+    def get_or_trace(self, function: Callable[..., Any], inputs: Sequence[Any], *options: Any) -> fx.GraphModule:
+        """The trace of `function`, which reads `options` beside its inputs."""
+        forms = [(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in inputs]
+        key = _renamed(str((options, forms)))
+        if key not in self:
+            self[key] = trace(function, *inputs)
+        return self[key]
+
+
+def _renamed(text: str) -> str:
+    """`text` with sizes that are known at run time only, u7 or u12, numbered from 0."""
+    names: dict[str, str] = {}
+    return re.sub(r"\bu\d+\b", lambda match: names.setdefault(match.group(), f"u{len(names)}"), text)
+
+
 class _Encoded:
     """A codec for one saved tensor, which it sees in memory order."""
 
-    def __init__(self, codec: Codec, taken: fx.Node) -> None:
+    def __init__(self, codec: Codec, taken: fx.Node, traces: _Traces) -> None:
         value = taken.meta["val"]
         strides = [hint(stride) for stride in value.stride()]
-        self.codec, self.taken, self.dtype = codec, taken, value.dtype
+        self.codec, self.taken, self.dtype, self.traces = codec, taken, value.dtype, traces
         self.order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
         self.inverse = [self.order.index(dim) for dim in range(value.dim())]
         self.shape = [value.shape[dim] for dim in self.order]
 
     def encode(self, split: SplitGraph, produced: fx.Node) -> list[fx.Node]:
-        traced = trace(lambda x: self.codec.encode(x.permute(self.order)), produced.meta["val"])
+        function = lambda x: self.codec.encode(x.permute(self.order))  # noqa: E731
+        traced = self.traces.get_or_trace(function, [produced.meta["val"]], "encode", self.codec, self.order)
         _follow_producer(produced)
         graph = split.forward.graph
         behind = graph.find_nodes(op="placeholder")[-1] if produced.op == "placeholder" else produced
@@ -72,7 +92,9 @@ class _Encoded:
             return self.codec.decode(arguments[: len(parts)], self.shape, self.dtype).permute(self.inverse)
 
         arguments = [*parts, *split.sizes().values()]
-        traced = trace(function, *(argument.meta["val"] for argument in arguments))
+        values = [argument.meta["val"] for argument in arguments]
+        options = ("decode", self.codec, self.shape, self.dtype, self.inverse)
+        traced = self.traces.get_or_trace(function, values, *options)
         with split.insertion():
             (restored,) = _splice(split.backward.graph, traced, arguments, self.taken, split.late)
         return restored
@@ -98,7 +120,8 @@ def _splice(
     for node in traced.graph.nodes:
         if node.op == "call_function":
             copies[node] = copy = graph.node_copy(node, copies.__getitem__)
-            copy.meta = {**origin_of(origin), "val": node.meta["val"]}
+            copy.meta = origin_of(origin)
+            copy.meta["val"] = fake_result(copy)
             if added is not None:
                 added.add(copy)
     (results,) = traced.graph.find_nodes(op="output")[0].args

@@ -9,6 +9,7 @@ save_derivatives instead of an activation function's input, where the codec says
 rebuild          do not save what can be computed from what is saved
 keep_trained     a pruned norm input whole, at steps at which the norm trains
 compress         encode behind the producer, decode before the reader
+separate_seeds   equal layers become equal code
 Inductor, or the FX interpreter
 """
 
@@ -38,6 +39,7 @@ from slimfit_fx.passes import (
     partition,
     rebuild,
     save_derivatives,
+    separate_seeds,
 )
 
 from . import ops as ops
@@ -110,6 +112,7 @@ class _Partitioner(CustomPartitionerFn):
         rebuild(split, plan, self.capture.activations, self.rules.rebuild)
         keep_trained(split, plan)
         compress(split, plan)
+        separate_seeds(split)
         split.finish()
         self.capture.plan = plan
         self.capture.split = split

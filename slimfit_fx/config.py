@@ -16,7 +16,9 @@ from .errors import ConfigError, choose
 from .presets import PRESETS
 from .roles import ROLE_DTYPES, ROLES
 
-POLICIES = ("update", "random", "cyclic", "static")
+POLICIES = ("update", "gradient", "random", "cyclic", "static")
+RATE_SCHEDULES = ("constant", "linear", "cosine")
+CLOSED_STATES = ("device", "host", "none")
 GRANULARITIES = ("parameter", "module", "block")
 MODES = ("inductor", "eager")
 
@@ -34,10 +36,23 @@ class Config:
             eighth of the bytes or less, at full accuracy; `"tight"`: the fewest bytes; `"paper"`: SlimFit's formats.
         codecs: overrides of the preset: a codec, or None for as it is, by role (`slimfit_fx.ROLES`) or by a regular
             expression that is searched in module paths, which goes before roles.
-        freeze_rate: the part of the layers that is closed at each step, 0 <= F <= 1.
+        freeze_rate: the part of the layers that is closed at each step, 0 <= F <= 1; with a schedule, its end value.
+        rate_schedule: how the rate gets there: `"constant"`, at once; `"linear"`; `"cosine"`.
+        rise_steps: optimizer steps that a linear or cosine rise from 0 takes.
+        warmup_steps: optimizer steps without freezing, before that.
+        memory_budget: instead of a rate, bytes or a text like `"2.5GiB"` (`KiB`, `MiB`, `GiB`, or `KB`, `MB`, `GB`)
+            for the tensors saved between forward and backward: the layers of the largest scores that fit are open.
         policy: which layers are open next. `"update"`: those whose weights moved most, relative to their size, when
-            they were last trained (the paper's inter-layer scheduling); `"random"`; `"cyclic"`: in turn; `"static"`:
-            none, only biases and what is always open train (BitFit).
+            they were last trained (the paper's inter-layer scheduling); `"gradient"`: those whose gradient's norm was
+            largest, relative to the weights'; `"random"` (LISA); `"cyclic"`: in turn (BAdam); `"static"`: none, only
+            biases and what is always open train (BitFit).
+        min_open_steps: for how many steps a layer stays open at least.
+        catch_up: 0 <= c <= 1: the update of a layer that was closed for k steps is lengthened (k + 1) ** c times, at
+            most 10 times.
+        decay_moments: whether a layer's momentum fades while it is closed.
+        closed_state: where the optimizer's state of a layer is that has been closed for `closed_state_after` steps:
+            `"device"`, on the `"host"`, or `"none"`: dropped, it begins anew.
+        closed_state_after: see there.
         granularity: what one gate covers: a `"parameter"` (the paper), a `"module"`, or a numbered `"block"`.
         always_open: regular expressions, searched in parameter names, of layers that are trained at every step.
             `None` is the classification head.
@@ -50,7 +65,16 @@ class Config:
     preset: str = "balanced"
     codecs: Mapping[str, Codec | None] = field(default_factory=dict)
     freeze_rate: float = 0.9
+    rate_schedule: str = "constant"
+    rise_steps: int = 0
+    warmup_steps: int = 0
+    memory_budget: int | str | None = None
     policy: str = "update"
+    min_open_steps: int = 1
+    catch_up: float = 0.0
+    decay_moments: bool = False
+    closed_state: str = "device"
+    closed_state_after: int = 50
     granularity: str = "parameter"
     always_open: tuple[str, ...] | None = None
     never_gate: tuple[str, ...] = ()
@@ -63,16 +87,30 @@ class Config:
         choose("policy", self.policy, POLICIES)
         choose("granularity", self.granularity, GRANULARITIES)
         choose("mode", self.mode, MODES)
-        rate = self.freeze_rate
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        choose("rate_schedule", self.rate_schedule, RATE_SCHEDULES)
+        choose("closed_state", self.closed_state, CLOSED_STATES)
+        _share("freeze_rate", self.freeze_rate, "the part of the layers frozen at each step")
+        _share("catch_up", self.catch_up, "how much longer updates make up for missed steps")
+        for name, least in (("rise_steps", 0), ("warmup_steps", 0), ("min_open_steps", 1), ("closed_state_after", 1)):
+            _count(name, getattr(self, name), least)
+        if (self.rate_schedule == "constant") != (self.rise_steps == 0):
             raise ConfigError(
-                f"freeze_rate is the part of the layers frozen at each step, 0 to 1, for example 0.9; got {rate!r}"
+                f"rate_schedule {self.rate_schedule!r} with rise_steps {self.rise_steps}: a linear or cosine schedule "
+                "takes steps to rise, a constant one takes none"
             )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError(f"seed must be an int, got {self.seed!r}")
+        if self.memory_budget is not None:
+            object.__setattr__(self, "memory_budget", _bytes(self.memory_budget))
+            if self.warmup_steps or self.rise_steps or self.policy == "static":
+                raise ConfigError("memory_budget chooses the layers by itself: no warm-up, schedule or static policy")
+        _count("seed", self.seed, None)
         if self.always_open is not None:
             object.__setattr__(self, "always_open", _patterns("always_open", self.always_open))
         object.__setattr__(self, "never_gate", _patterns("never_gate", self.never_gate))
+
+    @property
+    def budget(self) -> int | None:
+        """`memory_budget` in bytes."""
+        return None if self.memory_budget is None else int(self.memory_budget)
 
     def replace(self, **overrides: Any) -> Config:
         """A copy with some fields changed; an unknown field raises `ConfigError`."""
@@ -98,6 +136,29 @@ class Config:
         codecs = fields.get("codecs", {}).items()
         decoded = {key: Codec.from_dict(codec) if codec else None for key, codec in codecs}
         return cls().replace(**{**fields, "codecs": decoded})
+
+
+def _share(field: str, value: Any, meaning: str) -> None:
+    """Raises if `value` is not a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ConfigError(f"{field} is {meaning}, 0 to 1, for example 0.9; got {value!r}")
+
+
+def _count(field: str, value: Any, least: int | None) -> None:
+    """Raises if `value` is not a whole number, or less than `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise ConfigError(f"{field} must be an int{bound}, got {value!r}")
+
+
+def _bytes(value: Any) -> int:
+    """A number of bytes from itself or from a text with a unit."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG])(i?)B\s*", value) if isinstance(value, str) else None
+    if match is None or float(match.group(1)) == 0:
+        raise ConfigError(f"memory_budget is a number of bytes, or a text like '2.5GiB' or '800MB'; got {value!r}")
+    return int(float(match.group(1)) * (1024 if match.group(3) else 1000) ** ("KMG".index(match.group(2)) + 1))
 
 
 def _codecs(overrides: Any) -> dict[str, Codec | None]:

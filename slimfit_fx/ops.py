@@ -117,3 +117,14 @@ def pass_gradient(gradient: Tensor, gates: Tensor, layer: int) -> Tensor:
 @_fake("pass_gradient")
 def _(gradient: Tensor, gates: Tensor, layer: int) -> Tensor:
     return gradient.new_empty((_unknown_size(), *gradient.shape[1:]))
+
+
+@_define("separate(Tensor values) -> Tensor[]")
+def separate(values: Tensor) -> list[Tensor]:
+    """The elements of values [n] as n tensors [] with storages of their own."""
+    return [value.clone() for value in values]
+
+
+@_fake("separate")
+def _(values: Tensor) -> list[Tensor]:
+    return [values.new_empty(()) for _ in range(values.shape[0])]

@@ -19,9 +19,12 @@ from .config import Config
 from .errors import BackwardError
 from .gates import Gates
 from .layers import Layer, check_modules, find_layers
+from .plan import merge_plans
 from .scheduler import Scheduler
 
 _numbers = itertools.count()
+# a compiled optimizer step calls the hooks, and does not look into them
+_disable: Callable[[Any], Any] = torch.compiler.disable
 
 
 class Session:
@@ -39,9 +42,10 @@ class Session:
         check_modules(model, config)
         self.layers: list[Layer] = find_layers(model, config)
         self.gates = Gates([layer.name for layer in self.layers])
-        self.scheduler = Scheduler(self.gates, self.layers, parameters, config)
         self.captures: list[Capture] = []
         self.active: list[Capture] = []
+        self._finished: list[Capture] = []
+        self.scheduler = Scheduler(self.gates, self.layers, parameters, config)
         self._layer_of = {
             id(parameters[name]): index for index, layer in enumerate(self.layers) for name in layer.parameters
         }
@@ -51,6 +55,13 @@ class Session:
         """Stops listening to optimizers and opens all gates."""
         self._hooks()
         self.gates.set(self.gates.names)
+
+    def begin_forward(self) -> None:
+        """The captures that run from now on belong to another forward."""
+        if self.active and self.active != self._finished:
+            self._finished = self.active
+            self.scheduler.plan = merge_plans(capture.plan for capture in self.active if capture.split is not None)
+        self.active = []
 
     def compiled(self, model: nn.Module) -> Callable[..., Any]:
         """A function that runs `model` with compiled graphs."""
@@ -67,12 +78,17 @@ class Session:
         capture = Capture(layers, frozenset(activations))
         compiled = compile_capture(module, inputs, capture, self.gates.table, self.config)
         self.captures.append(capture)
+        new = True
 
         def run(*arguments: Any) -> Any:
+            nonlocal new
             if capture in self.active:
-                self.active.clear()
-            self.active.append(capture)
+                self.begin_forward()
             self.scheduler.step()
+            self.active.append(capture)
+            if new:
+                self.scheduler.check_budget(merge_plans(active.plan for active in self.active))
+                new = False
             outputs = compiled(*arguments, self.gates.table)
             _watch_backward(outputs, capture)
             return outputs
@@ -98,10 +114,12 @@ def _listen_to_optimizers(scheduler: Scheduler) -> Callable[[], None]:
     """Calls the scheduler around every optimizer step of the process; returns what ends that."""
     alive = weakref.ref(scheduler)
 
+    @_disable
     def before(optimizer: Optimizer, *_: Any) -> None:
         if (target := alive()) is not None:
             target.before_optimizer_step(optimizer)
 
+    @_disable
     def after(optimizer: Optimizer, *_: Any) -> None:
         if (target := alive()) is not None:
             target.after_optimizer_step(optimizer)

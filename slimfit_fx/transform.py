@@ -122,7 +122,7 @@ def _dispatcher(model: nn.Module, session: Session) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if not (model.training and torch.is_grad_enabled()):
             return model._call_impl(*args, **kwargs)
-        session.active.clear()
+        session.begin_forward()
         outputs = compiled(*args, **kwargs)
         if not session.active:
             raise BackendError(

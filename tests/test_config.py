@@ -45,18 +45,33 @@ def test_freeze_rate_out_of_range(rate):
             {"preset": "exakt"},
             "unknown preset 'exakt'; known: 'exact', 'paper', 'balanced', 'tight'. Did you mean 'exact'?",
         ),
-        ({"policy": "lru"}, "unknown policy 'lru'; known: 'update', 'random', 'cyclic', 'static'."),
+        ({"policy": "lru"}, "unknown policy 'lru'; known: 'update', 'gradient', 'random', 'cyclic', 'static'."),
         ({"mode": "triton"}, "unknown mode 'triton'"),
         ({"granularity": "row"}, "unknown granularity 'row'"),
         ({"never_gate": ("(",)}, "never_gate: '(' is not a regular expression"),
         ({"always_open": (3,)}, "always_open: 3 is not a regular expression"),
         ({"seed": 1.5}, "seed must be an int"),
+        ({"rate_schedule": "step"}, "unknown rate_schedule 'step'"),
+        ({"rate_schedule": "linear"}, "takes steps to rise"),
+        ({"rise_steps": 5}, "takes steps to rise"),
+        ({"warmup_steps": -1}, "warmup_steps must be an int of at least 0"),
+        ({"min_open_steps": 0}, "min_open_steps must be an int of at least 1"),
+        ({"catch_up": 2}, "catch_up is how much"),
+        ({"closed_state": "cpu"}, "unknown closed_state 'cpu'"),
+        ({"memory_budget": "2.5"}, "memory_budget is a number of bytes, or a text like '2.5GiB'"),
+        ({"memory_budget": 0}, "memory_budget is a number of bytes"),
+        ({"memory_budget": "1GiB", "warmup_steps": 5}, "memory_budget chooses the layers by itself"),
     ],
 )
 def test_bad_values_are_named(fields, message):
     with pytest.raises(ConfigError) as error:
         Config(**fields)
     assert message in str(error.value)
+
+
+def test_memory_budgets_have_units():
+    budgets = ["2.5GiB", "800MB", " 64 KiB ", 4096]
+    assert [Config(memory_budget=b).memory_budget for b in budgets] == [5 * 2**29, 800_000_000, 65536, 4096]
 
 
 def test_unknown_field_suggests_the_right_one():

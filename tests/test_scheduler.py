@@ -16,8 +16,9 @@ from slimfit_fx import Config, StateError
 from slimfit_fx.config import POLICIES as POLICY_NAMES
 from slimfit_fx.gates import Gates
 from slimfit_fx.layers import find_layers
-from slimfit_fx.scheduler import POLICIES, Scheduler
-from slimfit_fx.scheduler.statistics import relative_update
+from slimfit_fx.scheduler import POLICIES, Scheduler, select
+from slimfit_fx.scheduler.rate import freeze_rate_at
+from slimfit_fx.scheduler.statistics import measure_gradients, measure_updates, relative_updates
 
 
 def small_model(width: int = 4, depth: int = 5) -> nn.Module:
@@ -32,14 +33,15 @@ def bare_scheduler(model: nn.Module, **config) -> Scheduler:
     return Scheduler(Gates([layer.name for layer in layers]), layers, dict(model.named_parameters()), config)
 
 
-def simulate(policy: str, layers: int, closed: int, steps: int, measure) -> list[tuple[bool, ...]]:
-    """The gates of each step when layer i moves by measure(i, step)."""
-    rule, closable, chosen = POLICIES[policy], [True] * layers, []
+def simulate(policy: str, layers: int, closed: int, steps: int, measure, hold: int = 1) -> list[tuple[bool, ...]]:
+    """The gates of each step when layer i moves by measure(i, step), which is known one step later."""
+    rule, closable, chosen, waiting = POLICIES[policy], [True] * layers, [], {}
     state = rule.init(layers, seed=3)
     for step in range(steps):
-        flags = rule.select(state, closable, closed)
+        flags = select(state, closable, closed, hold)
         chosen.append(flags)
-        state = rule.update(state, flags, {i: measure(i, step) for i in range(layers) if flags[i]})
+        state = rule.advance(rule.learn(state, waiting), flags)
+        waiting = {i: measure(i, step) for i in range(layers) if flags[i]} if rule.measures else {}
     return chosen
 
 
@@ -47,14 +49,14 @@ def test_config_knows_every_policy():
     assert tuple(POLICIES) == POLICY_NAMES
 
 
-@given(st.sampled_from(["update", "random", "cyclic"]), st.integers(2, 12), st.data())
+@given(st.sampled_from(["update", "gradient", "random", "cyclic"]), st.integers(2, 12), st.data())
 def test_just_the_asked_number_is_closed(policy, layers, data):
     closed = data.draw(st.integers(0, layers))
     for flags in simulate(policy, layers, closed, 10, lambda layer, step: 1 / (1 + layer + step)):
         assert flags.count(False) == closed
 
 
-@given(st.sampled_from(["update", "cyclic"]), st.integers(2, 12), st.data())
+@given(st.sampled_from(["update", "gradient", "cyclic"]), st.integers(2, 12), st.data())
 def test_every_layer_gets_its_first_turn_before_any_gets_its_second(policy, layers, data):
     """Paper, section 3: distances start huge."""
     opened = data.draw(st.integers(1, layers))
@@ -68,15 +70,16 @@ def test_every_layer_gets_its_first_turn_before_any_gets_its_second(policy, laye
 def test_the_update_policy_follows_the_paper():
     """The layer that moves most stays; when it slows down below a stale distance, the stale layer comes back."""
     speed = lambda layer, step: {0: 1.0, 1: 0.5, 2: 0.1}[layer] / (1 + step)  # noqa: E731
-    chosen = simulate("update", 3, 2, 12, speed)
+    chosen = simulate("update", 3, 2, 14, speed)
     turns = [flags.index(True) for flags in chosen]
     assert sorted(turns[:3]) == [0, 1, 2]
     assert set(turns[3:]) >= {0, 1}
     distance = [1e9] * 3
     for step, layer in enumerate(turns):
-        if step >= 3:
+        if step >= 4:  # by then the last first turn is known
             assert distance[layer] == max(distance)
-        distance[layer] = speed(layer, step)
+        if step >= 1:
+            distance[turns[step - 1]] = speed(turns[step - 1], step - 1)
 
 
 @given(st.integers(0, 50), st.integers(1, 20))
@@ -86,26 +89,73 @@ def test_seeds_decide_the_order(seed, layers):
     assert layers < 3 or rule.init(layers, seed).score != rule.init(layers, seed + 1).score
 
 
-def test_relative_update():
-    old = [torch.tensor([1.0, -2.0, 0.0, 4.0])]
-    new = [torch.tensor([1.5, -2.0, 1.0, 3.0])]
-    assert relative_update(old, new).item() == pytest.approx((0.5 + 0 + 0 + 0.25) / 4)
+def test_relative_updates():
+    old = [torch.tensor([1.0, -2.0, 0.0, 4.0]), torch.tensor([1.0])]
+    new = [torch.tensor([1.5, -2.0, 1.0, 3.0]), torch.tensor([1.0])]
+    assert relative_updates(old, new).tolist() == pytest.approx([0.75, 0.0])
+    measured = measure_updates([3, 3], old, new).read()
+    assert measured == {3: pytest.approx(0.75 / 5)}
 
 
-@given(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=8), st.data())
-def test_relative_update_is_finite_with_zeros_and_denormals(values, data):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(st.lists(st.floats(-10, 10, width=16), min_size=1, max_size=8), st.data())
+def test_relative_updates_are_finite_with_zeros_and_denormals(dtype, values, data):
     old = torch.tensor(values)
     new = old + torch.tensor(
-        data.draw(st.lists(st.floats(-1, 1, width=32), min_size=len(values), max_size=len(values)))
+        data.draw(st.lists(st.floats(-1, 1, width=16), min_size=len(values), max_size=len(values)))
     )
-    assert torch.isfinite(relative_update([old.bfloat16()], [new.bfloat16()])) or (old.abs() < 1e-30).any()
-    assert not relative_update([old * 0], [new]).isnan()
+    assert torch.isfinite(relative_updates([old.to(dtype)], [new.to(dtype)])).all()
+    assert relative_updates([old * 0], [new]).item() == 0
+
+
+@given(st.data())
+def test_relative_updates_of_many_tensors_are_those_of_each(data):
+    """Chunks, dtypes and sizes do not matter."""
+    dtypes = data.draw(st.lists(st.sampled_from([torch.float32, torch.bfloat16]), min_size=1, max_size=6))
+    old = [torch.randn(place + 1, 3).to(dtype) for place, dtype in enumerate(dtypes)]
+    new = [tensor + 0.5 for tensor in old]
+    together = relative_updates(old, new)
+    one_by_one = torch.cat([relative_updates([o], [n]) for o, n in zip(old, new, strict=True)])
+    assert torch.equal(together, one_by_one)
+
+
+def test_gradient_norms_relative_to_weights():
+    weights, gradients = [torch.tensor([3.0, 4.0]), torch.tensor([0.0])], [torch.tensor([0.0, 10.0]), torch.ones(1)]
+    assert measure_gradients([1, 2], gradients, weights, None).read() == {1: pytest.approx(2.0), 2: 0.0}
+    assert measure_gradients([1], gradients[:1], weights[:1], torch.tensor(4.0)).read() == {1: pytest.approx(0.5)}
 
 
 def test_a_layer_that_diverges_stays_open():
     rule = POLICIES["update"]
-    state = rule.update(rule.init(2, 0), [True, True], {0: float("nan"), 1: 0.1})
-    assert rule.select(state, [True, True], 1) == (True, False)
+    state = rule.learn(rule.advance(rule.init(2, 0), [True, True]), {0: float("nan"), 1: 0.1})
+    assert select(state, [True, True], 1) == (True, False)
+
+
+def test_a_skipped_step_is_no_first_turn():
+    rule = POLICIES["update"]
+    before = rule.init(3, 0)
+    after = rule.forget(rule.advance(before, [True, False, False]), {0})
+    assert after.score == before.score
+
+
+@given(st.sampled_from(["update", "random", "cyclic"]), st.integers(2, 8), st.integers(1, 5), st.data())
+def test_layers_stay_open_for_the_least_number_of_steps(policy, layers, hold, data):
+    closed = data.draw(st.integers(0, layers))
+    chosen = simulate(policy, layers, closed, 12, lambda layer, step: 1 / (1 + layer * step), hold)
+    for layer in range(layers):
+        flags = "".join("o" if gates[layer] else "." for gates in chosen)
+        assert all(len(run) >= hold for run in flags.split(".")[:-1] if run)
+    assert all(gates.count(False) <= closed for gates in chosen)
+
+
+@given(st.integers(0, 20), st.integers(1, 20), st.floats(0, 1), st.sampled_from(["linear", "cosine"]))
+def test_the_rate_rises_to_its_end(warmup, rise, rate, schedule):
+    config = Config(freeze_rate=rate, rate_schedule=schedule, rise_steps=rise, warmup_steps=warmup)
+    rates = [freeze_rate_at(config, step) for step in range(warmup + rise + 3)]
+    assert rates == sorted(rates)
+    assert rates[:warmup] == [0.0] * warmup
+    assert rates[warmup + rise :] == [rate] * 3
+    assert freeze_rate_at(Config(freeze_rate=rate), 0) == rate
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 0.9, 0.95, 1.0])
@@ -235,6 +285,8 @@ def test_a_resumed_run_is_bit_equal(policy):
     ("change", "message"),
     [
         ({"version": 0}, "scheduler state of version 0"),
+        ({"score": [1.0]}, "damaged: it does not have 5 numbers"),
+        ({"measured": [1]}, "damaged"),
         ({"policy": "random"}, "scheduler state of policy 'random', the model has 'update'"),
         ({"layers": ["0.weight"]}, "scheduler state of another model: layers differ, for example '1.weight'"),
     ],
@@ -252,5 +304,6 @@ def test_history():
     train(model, 3)
     slimfit_fx.scheduler(model).step()
     history = list(slimfit_fx.scheduler(model).history)
-    assert [step for step, _ in history] == [0, 1, 2, 3]
-    assert list(history[-1][1]) == slimfit_fx.gates(model).open
+    assert [choice.step for choice in history] == [0, 1, 2, 3]
+    assert list(history[-1].open) == slimfit_fx.gates(model).open
+    assert all(len(choice.scores) == 5 for choice in history)

@@ -1,52 +1,106 @@
-"""Policies: pure functions (init, update, select) over an explicit state, so that a resume is a copy of the state.
+"""Policies: pure functions over an explicit state, so that a resume is a copy of the state.
 
-    state = policy.init(layers, seed)              before the first step
-    flags = policy.select(state, closable, n)      which gates are open: all but n of the closable layers
-    state = policy.update(state, flags, measured)  after the optimizer step
+    state = policy.init(layers, seed)        before the first step
+    flags = select(state, closable, closed)  which gates are open: all but `closed` of the closable layers
+    state = policy.advance(state, flags)     after the optimizer step
+    state = policy.learn(state, measured)    when its measurements are there: one step later
 
-`measured` holds the relative update of each open layer's weights: mean |w_new - w_old| / |w_old|.
+What a policy measures of each open layer is in `measures`: `"update"`, the mean relative change of its weights;
+`"gradient"`, the norm of its gradient relative to that of its weights; or nothing.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-# Larger than any relative update, so that every layer gets its first turn before one gets its second.
+# Larger than anything measured, so that every layer gets its first turn before one gets its second.
 _UNSEEN = 1e9
+# Had its first turn, not measured yet.
+_AWAITED = -1.0
 
 
 @dataclass(frozen=True)
 class State:
-    """All that a policy remembers.
+    """All that a policy remembers, one number per layer in each tuple.
 
     Attributes:
         step: optimizer steps so far.
         seed: of random choices.
-        score: one number per layer; the layers with the smallest are frozen.
+        score: the layers with the smallest are frozen.
+        missed: for how many steps the layer has been closed; 0 if it was open at the last one.
+        held: for how many steps it has been open; 0 if it was closed at the last one.
     """
 
     step: int
     seed: int
     score: tuple[float, ...]
+    missed: tuple[int, ...]
+    held: tuple[int, ...]
+
+
+# A policy's part of `advance`: the scores after a step, from the state before it and the gates.
+Rescore = Callable[[State, Sequence[bool]], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A way to score layers. `measures` says whether `update` wants the relative updates of the open layers."""
+    """A way to score layers.
 
-    init: Callable[[int, int], State]
-    update: Callable[[State, Sequence[bool], Mapping[int, float]], State]
-    measures: bool = False
+    Attributes:
+        rescore: the scores after a step, as far as they need no measurement.
+        measures: `"update"`, `"gradient"` or `""`.
+    """
 
-    @staticmethod
-    def select(state: State, closable: Sequence[bool], closed: int) -> tuple[bool, ...]:
-        """The gates of the next step: the `closed` closable layers of the smallest score are frozen."""
-        candidates = [layer for layer, may_close in enumerate(closable) if may_close]
-        frozen = set(sorted(candidates, key=lambda layer: (state.score[layer], layer))[:closed])
-        return tuple(layer not in frozen for layer in range(len(closable)))
+    rescore: Rescore
+    measures: str = ""
+
+    def init(self, layers: int, seed: int) -> State:
+        """The state before the first step: layers in random order."""
+        return State(0, seed, _random_turn(layers, seed), (0,) * layers, (0,) * layers)
+
+    def advance(self, state: State, open_gates: Sequence[bool]) -> State:
+        """The state after an optimizer step at which `open_gates` trained."""
+        return replace(
+            state,
+            step=state.step + 1,
+            score=self.rescore(state, open_gates),
+            missed=tuple(0 if is_open else n + 1 for n, is_open in zip(state.missed, open_gates, strict=True)),
+            held=tuple(n + 1 if is_open else 0 for n, is_open in zip(state.held, open_gates, strict=True)),
+        )
+
+    def learn(self, state: State, measured: Mapping[int, float]) -> State:
+        """The state with what was measured at some step; a layer that diverged stays open until it is measured anew."""
+        score = list(state.score)
+        for layer, value in measured.items():
+            score[layer] = value if math.isfinite(value) else _UNSEEN
+        return replace(state, score=tuple(score))
+
+    def forget(self, state: State, layers: Iterable[int]) -> State:
+        """The state if the step at which `layers` were open moved nothing: a first turn is still to come."""
+        score, turn = list(state.score), _random_turn(len(state.score), state.seed)
+        for layer in layers:
+            if score[layer] == _AWAITED:
+                score[layer] = turn[layer]
+        return replace(state, score=tuple(score))
+
+
+def select(state: State, closable: Sequence[bool], closed: int, min_open_steps: int = 1) -> tuple[bool, ...]:
+    """The gates of the next step: the `closed` closable layers of the smallest score are frozen.
+
+    Layers that opened less than `min_open_steps` ago stay open, even if fewer than `closed` are left.
+    """
+    held = held_open(state, min_open_steps)
+    candidates = [layer for layer, may_close in enumerate(closable) if may_close and not held[layer]]
+    frozen = set(sorted(candidates, key=lambda layer: (state.score[layer], layer))[:closed])
+    return tuple(layer not in frozen for layer in range(len(closable)))
+
+
+def held_open(state: State, min_open_steps: int) -> tuple[bool, ...]:
+    """Which layers are open, and for fewer than `min_open_steps` steps so far."""
+    return tuple(0 < steps < min_open_steps for steps in state.held)
 
 
 def _random_turn(layers: int, seed: int, step: int = 0) -> tuple[float, ...]:
@@ -55,40 +109,35 @@ def _random_turn(layers: int, seed: int, step: int = 0) -> tuple[float, ...]:
     return tuple(_UNSEEN * (1 + generator.random()) for _ in range(layers))
 
 
-def _init(layers: int, seed: int) -> State:
-    return State(0, seed, _random_turn(layers, seed))
+def _await(state: State, open_gates: Sequence[bool]) -> tuple[float, ...]:
+    """Keeps the scores until they are measured; what had its first turn is no longer ahead of the others."""
+    return tuple(
+        _AWAITED if is_open and score > _UNSEEN else score
+        for score, is_open in zip(state.score, open_gates, strict=True)
+    )
 
 
-def _update_relative(state: State, open_gates: Sequence[bool], measured: Mapping[int, float]) -> State:
-    """The paper's inter-layer scheduling: trained layers get their new distance, frozen ones keep their old one."""
-    score = list(state.score)
-    for layer, distance in measured.items():
-        score[layer] = distance if math.isfinite(distance) else _UNSEEN
-    return replace(state, step=state.step + 1, score=tuple(score))
+def _shuffle(state: State, open_gates: Sequence[bool]) -> tuple[float, ...]:
+    return _random_turn(len(state.score), state.seed, state.step + 1)
 
 
-def _update_random(state: State, open_gates: Sequence[bool], measured: Mapping[int, float]) -> State:
-    step = state.step + 1
-    return replace(state, step=step, score=_random_turn(len(state.score), state.seed, step))
-
-
-def _update_cyclic(state: State, open_gates: Sequence[bool], measured: Mapping[int, float]) -> State:
+def _queue(state: State, open_gates: Sequence[bool]) -> tuple[float, ...]:
     """Layers that were just trained go to the end of the queue, in their order."""
-    last = min(state.score)
+    last, score = min(state.score), list(state.score)
     trained = [layer for layer, is_open in enumerate(open_gates) if is_open]
-    score = list(state.score)
     for place, layer in enumerate(trained, start=1):
         score[layer] = last - place
-    return replace(state, step=state.step + 1, score=tuple(score))
+    return tuple(score)
 
 
-def _update_static(state: State, open_gates: Sequence[bool], measured: Mapping[int, float]) -> State:
-    return replace(state, step=state.step + 1)
+def _stay(state: State, open_gates: Sequence[bool]) -> tuple[float, ...]:
+    return state.score
 
 
 POLICIES: Mapping[str, Policy] = {
-    "update": Policy(_init, _update_relative, measures=True),
-    "random": Policy(_init, _update_random),
-    "cyclic": Policy(_init, _update_cyclic),
-    "static": Policy(_init, _update_static),
+    "update": Policy(_await, measures="update"),
+    "gradient": Policy(_await, measures="gradient"),
+    "random": Policy(_shuffle),
+    "cyclic": Policy(_queue),
+    "static": Policy(_stay),
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,41 +17,61 @@ from ..config import Config
 from ..errors import StateError
 from ..gates import Gates
 from ..layers import Layer
-from .policy import POLICIES, State
-from .statistics import relative_update
+from ..plan import Plan
+from .agreement import Agreement
+from .budget import check_budget, choose_open
+from .catch_up import catch_up_factor, fade_momentum, lengthen
+from .closed_states import ClosedStates
+from .policy import POLICIES, State, held_open, select
+from .rate import freeze_rate_at
+from .statistics import Measurement, may_skip, measure_gradients, measure_updates
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _HISTORY = 10_000
+
+
+class Choice(NamedTuple):
+    """The gates of one step: names of the open layers, and the scores, one per layer, that they were chosen by."""
+
+    step: int
+    open: tuple[str, ...]
+    scores: Sequence[float]
 
 
 class Scheduler:
     """Chooses the open layers of each step.
 
-    Around an optimizer step it measures how far the open layers' weights moved; the gates change when the next
-    training forward begins. So micro-batches of one step share their gates, several optimizers may step in turn, and
-    a step that a gradient scaler skips changes nothing.
+    Around an optimizer step it measures the open layers; the gates change when the next training forward begins. So
+    micro-batches of one step share their gates, several optimizers may step in turn, and a step that a gradient
+    scaler skips changes no score. What is measured at one step counts from the next but one: nothing waits for a
+    device.
 
     Attributes:
         gates: the gates that it sets.
-        history: (step, names of the open layers) of the last 10,000 steps.
+        history: the `Choice` of each of the last 10,000 steps.
+        plan: of the last whole forward, which a memory budget is spent by; None before the first.
+        optimizers: those that update layers of the model.
     """
 
     def __init__(
         self, gates: Gates, layers: Sequence[Layer], parameters: Mapping[str, nn.Parameter], config: Config
     ) -> None:
         self.gates = gates
-        self.history: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=_HISTORY)
+        self.history: deque[Choice] = deque(maxlen=_HISTORY)
+        self.plan: Plan | None = None
+        self.optimizers: WeakSet[Optimizer] = WeakSet()
         self._config = config
         self._policy = POLICIES[config.policy]
         self._closable = [not layer.always_open for layer in layers]
-        # int(F * n), as the paper's code counts; policy "static" freezes all
-        rate = 1.0 if config.policy == "static" else config.freeze_rate
-        self._closed = int(rate * sum(self._closable))
         self._members = [[parameters[name] for name in layer.parameters] for layer in layers]
         self._layer_of = {id(p): index for index, members in enumerate(self._members) for p in members}
         self._state = self._policy.init(len(layers), config.seed)
-        self._before: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
-        self._measured: dict[int, list[tuple[int, Tensor]]] = {}
+        self._closed_states = ClosedStates(config.closed_state, config.closed_state_after)
+        self._agreement = Agreement()
+        self._before: dict[nn.Parameter, Tensor] = {}
+        self._measuring = Measurement()  # at the step that is under way
+        self._measured: Measurement | Mapping[int, float] = {}  # at the step before, not yet learnt
+        self._waiting: set[int] = set()  # layers that were measured there
         self._stepped = False
         self._select()
 
@@ -58,53 +81,81 @@ class Scheduler:
         self.step()
         return self._state
 
-    def step(self) -> None:
-        """Turns what was measured around the last optimizer steps into the next gates; nothing pending, no change.
+    @property
+    def freeze_rate(self) -> float:
+        """The part of the closable layers that is closed at the present step."""
+        closable = sum(self._closable)
+        closed = sum(not is_open for is_open in self.gates.table.tolist())
+        return closed / closable if closable else 0.0
 
-        Called when a training forward begins. Reads the measured scalars, one device synchronisation.
+    def step(self) -> None:
+        """Turns what the last optimizer steps did into the next gates; nothing pending, no change.
+
+        Called when a training forward begins.
         """
         if not self._stepped:
             return
-        flags = self.gates.table.tolist()
-        measured = {
-            layer: sum(size * float(value) for size, value in parts) / sum(size for size, _ in parts)
-            for layer, parts in self._measured.items()
-        }
-        self._state = self._policy.update(self._state, flags, measured)
-        self._measured.clear()
+        self._learn()
+        self._measured, self._measuring = self._measuring, Measurement()
+        self._waiting = self._measured.layers
+        self._state = self._policy.advance(self._state, self.gates.table.tolist())
         self._stepped = False
         self._select()
+        self._agreement.check(self._state.step, self.gates.table.tolist())
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Makes sure that a closed layer does not move, and remembers the weights of the open ones."""
-        self._before.clear()
+        owned = self._owned(optimizer)
+        if not owned:
+            return
+        self.optimizers.add(optimizer)
         flags = self.gates.table.tolist()
-        for parameter in self._owned(optimizer):
-            layer = self._layer_of[id(parameter)]
+        for parameter, layer in owned.items():
             if not flags[layer]:
                 # zero_grad(set_to_none=False) leaves zeros, which momentum and weight decay would act on
                 parameter.grad = None
-            elif parameter.grad is not None and self._policy.measures and self._closed:
-                self._before.setdefault(layer, []).append((parameter, parameter.detach().clone()))
+        trained = {parameter: layer for parameter, layer in owned.items() if parameter.grad is not None}
+        self._closed_states.before_step(optimizer, trained)
+        if self._config.decay_moments:
+            fade_momentum(optimizer, {parameter: self._state.missed[layer] for parameter, layer in trained.items()})
+        self._before = {p: p.detach().clone() for p, layer in trained.items() if self._compares(layer)}
+        if self._measures("gradient"):
+            for parameters in _by_device(trained):
+                layers = [trained[p] for p in parameters]
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                scale = getattr(optimizer, "grad_scale", None)
+                self._measuring += measure_gradients(layers, gradients, parameters, scale)
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Measures how far the open layers moved; the copies of their weights end here."""
+        """Measures how far the open layers moved, and lengthens the updates of those that missed steps."""
         owned = self._owned(optimizer)
-        for layer, pairs in self._before.items():
-            size = sum(parameter.numel() for parameter, _ in pairs)
-            moved = relative_update([old for _, old in pairs], [parameter for parameter, _ in pairs])
-            self._measured.setdefault(layer, []).append((size, moved))
+        if not owned:
+            return
+        self._stepped = True
+        if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
+            self._measuring += may_skip(found_inf)
+        if self._measures("update"):
+            for parameters in _by_device(self._before):
+                layers, old = [owned[p] for p in parameters], [self._before[p] for p in parameters]
+                self._measuring += measure_updates(layers, old, parameters)
+        for parameter, old in self._before.items():
+            if (factor := self._catch_up(owned[parameter])) != 1:
+                lengthen(parameter, old, factor)
         self._before.clear()
-        self._stepped |= bool(owned)
+        flags = self.gates.table.tolist()
+        closed = {p: self._state.missed[layer] + 1 for p, layer in owned.items() if not flags[layer]}
+        self._closed_states.after_step(optimizer, closed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to choose the same layers; plain numbers and strings."""
+        """Everything that a resumed run needs to choose the same layers; plain numbers, strings and lists."""
         state = self.state
         return {
             "version": _STATE_VERSION,
             "policy": self._config.policy,
             "layers": list(self.gates.names),
-            **asdict(state),
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(state).items()},
+            "measured": sorted(map(list, self._read().items())),
+            "waiting": sorted(self._waiting),
             "open": self.gates.table.tolist(),
         }
 
@@ -112,28 +163,88 @@ class Scheduler:
         """Continues from a `state_dict`.
 
         Raises:
-            StateError: it was saved by another version, policy or model; nothing is changed then.
+            StateError: it is damaged, or was saved by another version, policy or model; nothing is changed then.
         """
-        if saved.get("version") != _STATE_VERSION:
-            raise StateError(
-                f"scheduler state of version {saved.get('version')!r}, this library reads {_STATE_VERSION}"
-            )
-        if saved["policy"] != self._config.policy:
-            raise StateError(f"scheduler state of policy {saved['policy']!r}, the model has {self._config.policy!r}")
-        if saved["layers"] != list(self.gates.names):
-            different = set(saved["layers"]) ^ set(self.gates.names)
+        if not isinstance(saved, Mapping) or "version" not in saved:
+            raise StateError("this is no scheduler state: pass what slimfit_fx.scheduler(model).state_dict() returned")
+        if saved["version"] != _STATE_VERSION:
+            raise StateError(f"scheduler state of version {saved['version']!r}, this library reads {_STATE_VERSION}")
+        try:
+            policy, names, flags = saved["policy"], list(saved["layers"]), list(map(bool, saved["open"]))
+            values = {
+                "step": int(saved["step"]),
+                "seed": int(saved["seed"]),
+                "score": tuple(map(float, saved["score"])),
+                "missed": tuple(map(int, saved["missed"])),
+                "held": tuple(map(int, saved["held"])),
+            }
+            measured = {int(layer): float(value) for layer, value in saved["measured"]}
+            waiting = set(map(int, saved["waiting"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"the scheduler state is damaged ({type(error).__name__}: {error})") from error
+        if policy != self._config.policy:
+            raise StateError(f"scheduler state of policy {policy!r}, the model has {self._config.policy!r}")
+        if names != list(self.gates.names):
+            different = set(names) ^ set(self.gates.names)
             example = f", for example {min(different)!r}" if different else " in their order"
             raise StateError(f"scheduler state of another model: layers differ{example}")
-        self._state = State(int(saved["step"]), int(saved["seed"]), tuple(map(float, saved["score"])))
-        self.gates.set_flags(saved["open"])
-        self._measured.clear()
+        if any(len(column) != len(names) for column in (flags, values["score"], values["missed"], values["held"])):
+            raise StateError(f"the scheduler state is damaged: it does not have {len(names)} numbers in each column")
+        self._state = State(**values)
+        self._measured, self._waiting, self._measuring = measured, waiting, Measurement()
+        self.gates.set_flags(flags)
         self._stepped = False
 
-    def _select(self) -> None:
-        flags = self._policy.select(self._state, self._closable, self._closed)
-        self.gates.set_flags(flags)
-        self.history.append((self._state.step, tuple(self.gates.open)))
+    def check_budget(self, plan: Plan) -> None:
+        """Raises `ConfigError` if the memory budget cannot hold what `plan` saves with all closable gates closed."""
+        if self._config.budget is not None:
+            check_budget(plan, [not may_close for may_close in self._closable], self._config.budget)
 
-    def _owned(self, optimizer: Optimizer) -> list[nn.Parameter]:
-        """The gated parameters that the optimizer updates."""
-        return [p for group in optimizer.param_groups for p in group["params"] if id(p) in self._layer_of]
+    def _select(self) -> None:
+        state, budget = self._state, self._config.budget
+        if budget is None:
+            closed = int(freeze_rate_at(self._config, state.step) * sum(self._closable))
+            flags = select(state, self._closable, closed, self._config.min_open_steps)
+        elif self.plan is None:
+            flags = tuple(not may_close for may_close in self._closable)  # what the others cost is not known yet
+        else:
+            held = held_open(state, self._config.min_open_steps)
+            flags = choose_open(self.plan, state.score, held, self._closable, budget)
+        self.gates.set_flags(flags)
+        self.history.append(Choice(state.step, tuple(self.gates.open), array("f", state.score)))
+
+    def _learn(self) -> None:
+        """Hands the policy what was measured at the step before the last."""
+        measured = self._read()
+        self._state = self._policy.learn(self._state, measured)
+        self._state = self._policy.forget(self._state, self._waiting - measured.keys())
+        self._measured, self._waiting = {}, set()
+
+    def _read(self) -> Mapping[int, float]:
+        if isinstance(self._measured, Measurement):
+            self._measured = self._measured.read()
+        return self._measured
+
+    def _measures(self, what: str) -> bool:
+        freezes = self._config.memory_budget is not None or self._config.freeze_rate > 0
+        return freezes and self._policy.measures == what
+
+    def _compares(self, layer: int) -> bool:
+        """Whether the weights of an open layer are needed from before the step."""
+        return self._measures("update") or self._catch_up(layer) != 1
+
+    def _catch_up(self, layer: int) -> float:
+        return catch_up_factor(self._state.missed[layer], self._config.catch_up)
+
+    def _owned(self, optimizer: Optimizer) -> dict[nn.Parameter, int]:
+        """The gated parameters that the optimizer updates, and their layers."""
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        return {p: self._layer_of[id(p)] for p in parameters if id(p) in self._layer_of}
+
+
+def _by_device(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
+    """The parameters of each device, those of one dtype together."""
+    groups: dict[torch.device, list[nn.Parameter]] = {}
+    for parameter in sorted(parameters, key=lambda p: str(p.dtype)):
+        groups.setdefault(parameter.device, []).append(parameter)
+    return groups.values()

@@ -1,23 +1,156 @@
-"""How far a training step moved the weights of a layer."""
+"""What is measured of layers around an optimizer step: a few multi-tensor kernels, and no synchronisation.
 
+The results are read one step later. By then a copy to the host, started right away, has long arrived.
+"""
+
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+# Added to squares of weights: an element that was zero, or nearly, counts as unmoved.
+_TINY = 1e-30
+# Elements whose temporary copies are alive together.
+_CHUNK = 1 << 24
+
 
 @torch.no_grad()
-def relative_update(old: Sequence[Tensor], new: Sequence[Tensor]) -> Tensor:
-    """mean |new - old| / |old| over all elements of a layer's tensors (paper, section 3), a float32 scalar.
+def relative_updates(old: Sequence[Tensor], new: Sequence[Tensor]) -> Tensor:
+    """Sums over the elements of each tensor of |new - old| / |old| (paper, section 3), float32 [tensors]."""
+    sums = []
+    for start, end in _chunks(new):
+        before, after = _wide(old[start:end]), _wide(new[start:end])
+        change = torch._foreach_sub(after, before)
+        torch._foreach_abs_(change)
+        magnitude = torch._foreach_abs(before)
+        # |d| / m as |d| m / (m m + tiny), so that zeros need no mask
+        torch._foreach_mul_(change, magnitude)
+        torch._foreach_mul_(magnitude, magnitude)
+        torch._foreach_add_(magnitude, _TINY)
+        torch._foreach_div_(change, magnitude)
+        sums += torch._foreach_norm(change, 1, dtype=torch.float32)
+    return torch.stack(sums)
 
-    Elements that were exactly zero have no relative change: they count as unmoved. The result stays on the device.
+
+@torch.no_grad()
+def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of the squares of each tensor, float32 [tensors]."""
+    return torch.stack(list(torch._foreach_norm(list(tensors), 2, dtype=torch.float32))).square()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Statistics of some tensors of one device, on the host or on their way there.
+
+    Attributes:
+        layers: the layer of each tensor.
+        numerators: float32 [tensors].
+        denominators: float32 [tensors], or numbers that were known before.
     """
-    total = torch.zeros((), dtype=torch.float32, device=new[0].device)
-    for before, after in zip(old, new, strict=True):
-        magnitude = before.abs()
-        change = torch.sub(after, before).abs_().div_(magnitude)
-        change.masked_fill_(magnitude == 0, 0)
-        total += change.sum(dtype=torch.float32)
-    return total / sum(tensor.numel() for tensor in new)
+
+    layers: tuple[int, ...]
+    numerators: Tensor
+    denominators: Tensor | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Statistics of the open layers at one step: a layer's value is the quotient of the sums over its tensors.
+
+    Attributes:
+        parts: of all devices and optimizers.
+        skipped: a scalar for each optimizer that a gradient scaler may have told to skip its step; not zero if so.
+        arrived: events to wait for before reading.
+        root: whether the value is the square root of the quotient.
+    """
+
+    parts: tuple[Part, ...] = ()
+    skipped: tuple[Tensor, ...] = ()
+    arrived: tuple[torch.Event, ...] = ()
+    root: bool = False
+
+    def __add__(self, other: Measurement) -> Measurement:
+        """Of several optimizers that stepped in turn."""
+        return Measurement(
+            self.parts + other.parts,
+            self.skipped + other.skipped,
+            self.arrived + other.arrived,
+            self.root or other.root,
+        )
+
+    @property
+    def layers(self) -> set[int]:
+        """What was measured."""
+        return {layer for part in self.parts for layer in part.layers}
+
+    def read(self) -> Mapping[int, float]:
+        """The value of each layer; none if a step was skipped."""
+        for event in self.arrived:
+            event.synchronize()
+        if any(flag.item() for flag in self.skipped):
+            return {}
+        totals: dict[int, list[float]] = {}
+        for part in self.parts:
+            below = part.denominators
+            below = below.tolist() if isinstance(below, Tensor) else below
+            for layer, numerator, denominator in zip(part.layers, part.numerators.tolist(), below, strict=True):
+                total = totals.setdefault(layer, [0.0, 0.0])
+                total[0] += numerator
+                total[1] += denominator
+        power = 0.5 if self.root else 1.0
+        return {layer: (top / bottom) ** power if bottom else 0.0 for layer, (top, bottom) in totals.items()}
+
+
+def measure_updates(layers: Sequence[int], old: Sequence[Tensor], new: Sequence[Tensor]) -> Measurement:
+    """The mean relative change of layers, whose tensors are of one device."""
+    sums, arrived = _to_host(relative_updates(old, new))
+    return Measurement((Part(tuple(layers), sums, tuple(float(t.numel()) for t in new)),), arrived=arrived)
+
+
+def measure_gradients(
+    layers: Sequence[int], gradients: Sequence[Tensor], weights: Sequence[Tensor], scale: Tensor | None
+) -> Measurement:
+    """Gradient norms relative to weight norms; `scale` is a gradient scaler's, if the gradients still have it."""
+    squares = squared_norms(gradients)
+    gradient, arrived = _to_host(squares if scale is None else squares / scale.square())
+    weight, later = _to_host(squared_norms(weights))
+    return Measurement((Part(tuple(layers), gradient, weight),), arrived=arrived + later, root=True)
+
+
+def may_skip(found_inf: Tensor) -> Measurement:
+    """Of a step that a gradient scaler leaves to the optimizer: nothing counts if the flag is not zero."""
+    flag, arrived = _to_host(found_inf.detach().reshape(()))
+    return Measurement(skipped=(flag,), arrived=arrived)
+
+
+def _to_host(value: Tensor) -> tuple[Tensor, tuple[torch.Event, ...]]:
+    if value.device.type == "cpu":
+        return value.clone(), ()
+    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    copy.copy_(value, non_blocking=True)
+    event = torch.Event(value.device)
+    event.record()
+    return copy, (event,)
+
+
+def _chunks(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+    """Ranges of neighbours of one device and dtype, of bounded size together."""
+    start, size = 0, 0
+    for place, tensor in enumerate(tensors):
+        first = tensors[start]
+        differs = tensor.device != first.device or tensor.dtype != first.dtype
+        if place > start and (differs or size + tensor.numel() > _CHUNK):
+            yield start, place
+            start, size = place, 0
+        size += tensor.numel()
+    if tensors:
+        yield start, len(tensors)
+
+
+def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """As they are, but fp16 in float32: its squares would vanish."""
+    return [tensor.float() if tensor.dtype is torch.float16 else tensor for tensor in tensors]
