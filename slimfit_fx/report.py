@@ -26,12 +26,14 @@ class Report:
         layers: what the gates freeze.
         open_gates: the gates at the time of asking.
         gradient_errors: what the codecs did to each gradient of the sample that `report` was given.
+        optimizer_bytes: of the layers' optimizer states, (on their devices, on the host).
     """
 
     plan: Plan
     layers: Sequence[Layer]
     open_gates: Sequence[bool]
     gradient_errors: Mapping[str, GradientError] = field(default_factory=dict)
+    optimizer_bytes: tuple[int, int] = (0, 0)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -65,6 +67,7 @@ class Report:
             {
                 "saved_bytes_before": self.saved_bytes_before,
                 "saved_bytes_after": self.saved_bytes_after,
+                "optimizer_bytes": self.optimizer_bytes,
                 "by_role": self.by_role(),
                 "gradient_errors": {name: asdict(error) for name, error in self.gradient_errors.items()},
                 "rows": self.rows,
@@ -123,11 +126,18 @@ class Report:
         }
 
     def _summary(self) -> str:
-        gates = f"{sum(self.open_gates)} of {len(self.open_gates)} layers open."
+        lines = [f"{sum(self.open_gates)} of {len(self.open_gates)} layers open."]
+        head = [layer.name for layer in self.layers if layer.always_open]
+        if head:
+            lines.append(f"Always open ({len(head)}): {', '.join(head)}.")
         dropped = sorted({self.layers[g.layer].name for g in self.plan.gradients if not g.conditional})
-        if not dropped:
-            return gates
-        return f"{gates} Computed, then dropped when closed ({len(dropped)}): {', '.join(dropped)}."
+        if dropped:
+            lines.append(f"Computed, then dropped when closed ({len(dropped)}): {', '.join(dropped)}.")
+        near, far = self.optimizer_bytes
+        if near or far:
+            host = f", {_size(far)} on the host" if far else ""
+            lines.append(f"Optimizer states of layers: {_size(near)}{host}.")
+        return "\n".join(lines)
 
 
 def _shorten(names: Sequence[str]) -> str:

@@ -95,7 +95,8 @@ def report(model: nn.Module, sample: Any = None, loss: Callable[[Any], Tensor] |
     if not plans:
         raise StateError("nothing is captured yet: run one training forward of the model, then ask for the report")
     errors = {} if sample is None else probe(_original(model), session.config, sample, loss)
-    return Report(merge_plans(plans), session.layers, session.gates.table.tolist(), errors)
+    plan, open_gates = merge_plans(plans), session.gates.table.tolist()
+    return Report(plan, session.layers, open_gates, errors, session.scheduler.optimizer_bytes())
 
 
 def graphs(model: nn.Module) -> list[tuple[fx.GraphModule, fx.GraphModule]]:

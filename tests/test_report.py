@@ -53,7 +53,7 @@ def test_print(report):
     row = next(line for line in text.splitlines() if "q.weight, k.weight" in line)
     assert row.split()[-8:] == ["k.weight", "int8", "8.0", "KiB", "2.0", "KiB", "0", "B"]
     assert "total" in text
-    assert "0 of 2 layers open. Computed, then dropped when closed (1): block.k.weight." in text
+    assert "0 of 2 layers open.\nComputed, then dropped when closed (1): block.k.weight." in text
 
 
 def test_json(report):

@@ -40,11 +40,12 @@ class SlimFitCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._model = kwargs["model"]
-        scheduler = slimfit_fx.scheduler(self._model)
+        model: nn.Module = kwargs["model"]
+        scheduler, self._model = slimfit_fx.scheduler(model), model
         if not state.global_step:
             return
-        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("scheduler_state")
+        restored: Any = state.stateful_callbacks  # a mapping from class name to what `state` returned, when loaded
+        saved = restored.get(type(self).__name__, {}).get("attributes", {}).get("scheduler_state")
         if saved is None:
             raise StateError(
                 "the checkpoint has no scheduler state: it was saved without SlimFitCallback. Resume without the "

@@ -39,4 +39,12 @@ def fade_momentum(optimizer: Optimizer, missed: dict[nn.Parameter, int]) -> None
             state = optimizer.state.get(parameter, {}) if steps else {}
             for name, decay in decays.items():
                 if isinstance(state.get(name), Tensor):
-                    state[name].mul_(float(decay) ** steps)
+                    _scale(state[name], float(decay) ** steps)
+
+
+def _scale(value: Tensor, factor: float) -> None:
+    """Multiplies in place, through a plain tensor where an optimizer stores low-bit ones (torchao)."""
+    if hasattr(value, "dequantize") and type(value) is not Tensor:
+        value.copy_(value.dequantize() * factor)
+    else:
+        value.mul_(factor)

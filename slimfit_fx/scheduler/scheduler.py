@@ -21,7 +21,7 @@ from ..plan import Plan
 from .agreement import Agreement
 from .budget import check_budget, choose_open
 from .catch_up import catch_up_factor, fade_momentum, lengthen
-from .closed_states import ClosedStates
+from .closed_states import ClosedStates, state_bytes
 from .policy import POLICIES, State, held_open, select
 from .rate import freeze_rate_at
 from .statistics import Measurement, may_skip, measure_gradients, measure_updates
@@ -87,6 +87,10 @@ class Scheduler:
         closable = sum(self._closable)
         closed = sum(not is_open for is_open in self.gates.table.tolist())
         return closed / closable if closable else 0.0
+
+    def optimizer_bytes(self) -> tuple[int, int]:
+        """Bytes of the layers' optimizer states: (on the layers' devices, on the host)."""
+        return state_bytes(self.optimizers, [parameter for members in self._members for parameter in members])
 
     def step(self) -> None:
         """Turns what the last optimizer steps did into the next gates; nothing pending, no change.
