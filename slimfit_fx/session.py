@@ -18,7 +18,7 @@ from .backend import Capture, compile_capture
 from .config import Config
 from .errors import BackwardError
 from .gates import Gates
-from .layers import Layer, check_modules, find_layers
+from .layers import Layer, check_modules, check_sharding, find_layers
 from .plan import merge_plans
 from .scheduler import Scheduler
 
@@ -39,6 +39,7 @@ class Session:
     def __init__(self, model: nn.Module, config: Config) -> None:
         parameters = dict(model.named_parameters())
         self.config = config
+        check_sharding(model)
         check_modules(model, config)
         self.layers: list[Layer] = find_layers(model, config)
         self.gates = Gates([layer.name for layer in self.layers])

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from .config import Config
 from .errors import BackendError, ModelError, StateError, VersionError
 from .gates import Gates
+from .layers import check_sharding
 from .plan import merge_plans
 from .probe import probe
 from .report import Report
@@ -41,7 +42,7 @@ def transform(model: nn.Module, config: Config | None = None, **overrides: Any) 
 
     Raises:
         ConfigError: a field is unknown or has an impossible value, or a pattern matches nothing.
-        ModelError: not a module, or nothing in it can be frozen.
+        ModelError: not a module, sharded by FSDP, or nothing in it can be frozen.
         StateError: the model is transformed already.
         VersionError: torch is too old.
     """
@@ -123,6 +124,8 @@ def _dispatcher(model: nn.Module, session: Session) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if not (model.training and torch.is_grad_enabled()):
             return model._call_impl(*args, **kwargs)
+        if not session.captures:
+            check_sharding(model)
         session.begin_forward()
         outputs = compiled(*args, **kwargs)
         if not session.active:

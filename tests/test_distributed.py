@@ -54,6 +54,8 @@ def run_workers(target, *arguments) -> None:
 def _worker(rank: int, target, port: int, arguments) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
     os.environ.update(LOCAL_RANK=str(rank))
+    import conftest  # noqa: F401  (a process of its own has not got pytest's settings)
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
