@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import training
 from meter import PeakMemory
 
 import slimfit_fx
@@ -65,23 +66,33 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.method == "compile":
         model.compile()
     elif options.method != "eager":
-        slimfit_fx.transform(model, preset=options.method, freeze_rate=options.freeze_rate)
+        slimfit_fx.transform(model, preset=options.method, freeze_rate=options.freeze_rate, **dict(options.option))
+    spent = [0.0] if options.method in BASELINES else _time_scheduler(slimfit_fx.scheduler(model))
     optimizer = OPTIMIZERS[options.optimizer](model.parameters())
     memory = PeakMemory(device)
 
     def step() -> dict[str, float]:
         gc.collect()
+        spent[0] = 0.0
         memory.start()
         start = time.perf_counter()
         loss = model(**inputs).loss
         saved = memory.current()
+        predicted = saved if options.method in BASELINES else slimfit_fx.report(model).saved_bytes_after
         loss.backward()
         _synchronize(device)
         peak = memory.peak()
         optimizer.step()
         optimizer.zero_grad()
         _synchronize(device)
-        return {"seconds": time.perf_counter() - start, "saved_bytes": saved, "peak_bytes": peak}
+        seconds = time.perf_counter() - start
+        return {
+            "seconds": seconds,
+            "scheduler_seconds": spent[0],
+            "saved_bytes": saved,
+            "predicted_bytes": predicted,
+            "peak_bytes": peak,
+        }
 
     first = step()["seconds"]
     for _ in range(2):
@@ -93,10 +104,30 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "first_step_seconds": first,
         "step_seconds": statistics.median(seconds),
         "step_seconds_spread": [seconds[0], seconds[-1]],
+        "scheduler_seconds": statistics.mean(row["scheduler_seconds"] for row in rows),
         "saved_bytes": statistics.median(row["saved_bytes"] for row in rows),
+        "prediction_error": max(abs(row["saved_bytes"] / row["predicted_bytes"] - 1) for row in rows),
+        "saved_bytes_max": max(row["saved_bytes"] for row in rows),
         "peak_bytes": statistics.median(row["peak_bytes"] for row in rows),
         "peak_bytes_max": max(row["peak_bytes"] for row in rows),
     }
+
+
+def _time_scheduler(scheduler: slimfit_fx.Scheduler) -> list[float]:
+    """A list whose one element grows by the host's time in the scheduler."""
+    spent = [0.0]
+
+    def timed(method: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            start = time.perf_counter()
+            method(*arguments)
+            spent[0] += time.perf_counter() - start
+
+        return run
+
+    for name in ("step", "before_optimizer_step", "after_optimizer_step"):
+        setattr(scheduler, name, timed(getattr(scheduler, name)))
+    return spent
 
 
 def _synchronize(device: torch.device) -> None:
@@ -109,6 +140,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--setting", choices=SETTINGS, default="bert4")
     parser.add_argument("--freeze-rate", type=float, default=0.9)
+    parser.add_argument("--option", action="append", default=[], type=training.option, metavar="FIELD=VALUE")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

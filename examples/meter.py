@@ -1,7 +1,9 @@
-"""Peak memory of a piece of a program: the allocator's on a GPU, the resident set's on a CPU."""
+"""Memory of a piece of a program, peak and course: the allocator's on a GPU, the resident set's on a CPU."""
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -35,6 +37,38 @@ class PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.base
         return _status("VmHWM") - self.base
+
+
+class MemoryTimeline:
+    """Memory over time while a `with` block runs, looked at every few milliseconds from a thread.
+
+    Attributes:
+        samples: (seconds since the beginning, bytes above the level then).
+        marks: (seconds since the beginning, a name), of what `mark` was called for.
+    """
+
+    def __init__(self, device: torch.device, interval: float = 0.003) -> None:
+        self.samples: list[tuple[float, int]] = []
+        self.marks: list[tuple[float, str]] = []
+        self._memory, self._interval, self._over = PeakMemory(device), interval, threading.Event()
+
+    def __enter__(self) -> MemoryTimeline:
+        self._memory.start()
+        self._begin = time.perf_counter()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def mark(self, name: str) -> None:
+        self.marks.append((time.perf_counter() - self._begin, name))
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._interval):
+            self.samples.append((time.perf_counter() - self._begin, self._memory.current()))
 
 
 def _status(key: str) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from meter import PeakMemory
+from meter import MemoryTimeline, PeakMemory
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
@@ -38,6 +38,15 @@ def parser(description: str | None, epochs: int, learning_rate: float, baseline_
         default=None,
         help=f"default: {learning_rate:g}, for the baselines {baseline_learning_rate:g}",
     )
+    options.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        type=option,
+        help="any other field of slimfit_fx.Config, for example catch_up=0.5; may be repeated",
+    )
+    options.add_argument("--plot", type=Path, default=None, help="save pictures of the run in this folder")
     options.add_argument("--epochs", type=int, default=epochs)
     options.add_argument("--steps", type=int, default=0, help="instead of whole epochs")
     options.add_argument("--batch", type=int, default=32)
@@ -46,6 +55,15 @@ def parser(description: str | None, epochs: int, learning_rate: float, baseline_
     options.add_argument("--json", default=None, help="append the result to this file")
     options.set_defaults(learning_rates=(learning_rate, baseline_learning_rate))
     return options
+
+
+def option(text: str) -> tuple[str, Any]:
+    """A field of `slimfit_fx.Config` and its value, JSON or a bare word, from "field=value"."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def run(
@@ -66,12 +84,15 @@ def run(
             policy=options.policy,
             mode=options.mode,
             seed=options.seed,
+            **dict(options.option),
         )
     result = train(model, sets["train"], to_inputs, options, learning_rate)
     for part in sets.keys() - {"train"}:
         result[f"{part}_accuracy"] = accuracy(model, sets[part], to_inputs, device)
     if not plain:
         print(slimfit_fx.report(model))
+    if options.plot:
+        save_pictures(model, sets["train"], to_inputs, options)
     print(
         f"\ntest accuracy {result['test_accuracy']:.2%}   step {result['step_seconds']:.3f} s   "
         f"peak over weights and data {result['peak_bytes'] / 2**20:.0f} MiB"
@@ -119,6 +140,23 @@ def train(
         "first_step_seconds": seconds[0],
         "peak_bytes": memory.peak(),
     }
+
+
+def save_pictures(model: nn.Module, data: TensorDataset, to_inputs: ToInputs, options: argparse.Namespace) -> None:
+    """The memory of one more step, and which layers trained when."""
+    device = torch.device(options.device)
+    batch = next(iter(DataLoader(data, batch_size=options.batch)))
+    inputs = {name: tensor.to(device) for name, tensor in to_inputs(batch).items()}
+    model.zero_grad()
+    with MemoryTimeline(device) as timeline:
+        timeline.mark("forward")
+        loss = model(**inputs).loss
+        timeline.mark("backward")
+        loss.backward()
+    options.plot.mkdir(parents=True, exist_ok=True)
+    slimfit_fx.plot_memory(timeline.samples, timeline.marks).savefig(options.plot / "memory.png", dpi=150)
+    if not (options.baseline or options.eager_baseline):
+        slimfit_fx.plot_history(model).savefig(options.plot / "history.png", dpi=150)
 
 
 @torch.no_grad()

@@ -13,8 +13,11 @@ from .errors import SlimFitError as SlimFitError
 from .errors import StateError as StateError
 from .errors import VersionError as VersionError
 from .gates import Gates as Gates
+from .plot import plot_history as plot_history
+from .plot import plot_memory as plot_memory
 from .report import Report as Report
 from .roles import ROLES as ROLES
+from .scheduler import Choice as Choice
 from .scheduler import Scheduler as Scheduler
 from .transform import gates as gates
 from .transform import graphs as graphs

@@ -86,6 +86,8 @@ class Session:
             if capture in self.active:
                 self.begin_forward()
             self.scheduler.step()
+            if not self.active:
+                self.scheduler.compare_ranks()
             self.active.append(capture)
             if new:
                 self.scheduler.check_budget(merge_plans(active.plan for active in self.active))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import hypothesis
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # Two cores, graphs that are traced and compiled: time limits would only report how busy the machine is.
 hypothesis.settings.register_profile("graphs", deadline=None, max_examples=15, print_blob=True)
 hypothesis.settings.register_profile("quick", deadline=None, max_examples=4)

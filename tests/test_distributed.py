@@ -35,13 +35,14 @@ def data() -> torch.Tensor:
     return torch.randn(STEPS, 4, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
-def train(model: nn.Module, batches: torch.Tensor, check=lambda: None) -> None:
+def train(model: nn.Module, batches: torch.Tensor, check=lambda: None, after=lambda: None) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer.register_step_pre_hook(lambda *_: check())
     for x in batches:
         optimizer.zero_grad()
         model(x).square().mean().backward()
-        optimizer.register_step_pre_hook(lambda *_: check())
         optimizer.step()
+        after()
 
 
 def run_workers(target, *arguments) -> None:
@@ -73,7 +74,11 @@ def plain(rank: int, folder: str) -> None:
         assert all(parameters[name].grad is None for name in gates.closed)
         assert all(parameters[name].grad is not None for name in gates.open)
 
-    train(wrapped, data()[:, rank::WORLD], frozen_have_no_gradient)
+    def save_on_the_first_rank() -> None:
+        if rank == 0:
+            slimfit_fx.scheduler(model).state_dict()
+
+    train(wrapped, data()[:, rank::WORLD], frozen_have_no_gradient, save_on_the_first_rank)
     torch.save((model.state_dict(), slimfit_fx.scheduler(model).state_dict()), f"{folder}/{rank}.pt")
 
 

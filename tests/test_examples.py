@@ -44,8 +44,11 @@ def test_text(tiny_bert, method, capsys):
         writer.writerows(rows)
     command = ["--model", str(tiny_bert), "--csv", str(data), "--json", str(out), "--device=cpu"]
     command += ["--steps=25", "--batch=8", "--length=6", "--learning-rate=3e-2", *method]
+    command += ["--option=catch_up=0.5", "--option=closed_state=none", "--plot", str(tiny_bert / "pictures")]
     result = finetune_text.main(command)
     assert result["test_accuracy"] > 0.9
+    pictures = {path.name for path in (tiny_bert / "pictures").iterdir()}
+    assert pictures == ({"memory.png"} if "--eager-baseline" in method else {"memory.png", "history.png"})
     assert json.loads(out.read_text())["steps"] == 25
     assert ("layers open." in capsys.readouterr().out) == ("--eager-baseline" not in method)
 

@@ -1,4 +1,4 @@
-"""Whether all processes of a DistributedDataParallel run chose the same layers: one small all-reduce a step."""
+"""Whether all processes of a DistributedDataParallel run chose the same layers: one small all-reduce a forward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import StateError
 
 
 class Agreement:
-    """Compares the gates of all ranks. The result of one step is looked at in the next, when it has long arrived."""
+    """Compares the gates of all ranks. A result is looked at in the next forward, when it has long arrived."""
 
     def __init__(self) -> None:
         self._pending: tuple[Any, torch.Tensor] | None = None
@@ -23,7 +23,7 @@ class Agreement:
         """Call when a forward begins, on all ranks.
 
         Raises:
-            StateError: the ranks chose different layers one step ago.
+            StateError: the ranks had chosen different layers for the forward before.
         """
         if not dist.is_available() or not dist.is_initialized():
             return

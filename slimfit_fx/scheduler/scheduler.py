@@ -105,6 +105,13 @@ class Scheduler:
         self._state = self._policy.advance(self._state, self.gates.table.tolist())
         self._stepped = False
         self._select()
+
+    def compare_ranks(self) -> None:
+        """Under DistributedDataParallel: compares the gates of all ranks. Called when a training forward begins.
+
+        Raises:
+            StateError: they differed one forward ago.
+        """
         self._agreement.check(self._state.step, self.gates.table.tolist())
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:

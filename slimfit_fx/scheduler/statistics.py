@@ -14,26 +14,36 @@ from torch import Tensor
 
 # Added to squares of weights: an element that was zero, or nearly, counts as unmoved.
 _TINY = 1e-30
-# Elements whose temporary copies are alive together.
+# Elements whose temporary copies are alive together: on a CPU they stay in its cache.
 _CHUNK = 1 << 24
+_CPU_CHUNK = 1 << 14
 
 
 @torch.no_grad()
 def relative_updates(old: Sequence[Tensor], new: Sequence[Tensor]) -> Tensor:
     """Sums over the elements of each tensor of |new - old| / |old| (paper, section 3), float32 [tensors]."""
-    sums = []
-    for start, end in _chunks(new):
-        before, after = _wide(old[start:end]), _wide(new[start:end])
-        change = torch._foreach_sub(after, before)
-        torch._foreach_abs_(change)
-        magnitude = torch._foreach_abs(before)
-        # |d| / m as |d| m / (m m + tiny), so that zeros need no mask
-        torch._foreach_mul_(change, magnitude)
-        torch._foreach_mul_(magnitude, magnitude)
-        torch._foreach_add_(magnitude, _TINY)
-        torch._foreach_div_(change, magnitude)
-        sums += torch._foreach_norm(change, 1, dtype=torch.float32)
-    return torch.stack(sums)
+    if new[0].device.type == "cpu":
+        return torch.stack([_relative_update(before, after) for before, after in zip(old, new, strict=True)])
+    return torch.stack([total for start, end in _chunks(new) for total in _totals(old[start:end], new[start:end])])
+
+
+def _relative_update(before: Tensor, after: Tensor) -> Tensor:
+    """Of one tensor, in pieces."""
+    pieces = zip(before.reshape(-1).split(_CPU_CHUNK), after.reshape(-1).split(_CPU_CHUNK), strict=True)
+    return torch.stack([_totals([old], [new])[0] for old, new in pieces]).sum()
+
+
+def _totals(old: Sequence[Tensor], new: Sequence[Tensor]) -> Sequence[Tensor]:
+    before, after = _wide(old), _wide(new)
+    change = torch._foreach_sub(after, before)
+    torch._foreach_abs_(change)
+    magnitude = torch._foreach_abs(before)
+    # |d| / m as |d| m / (m m + tiny), so that zeros need no mask
+    torch._foreach_mul_(change, magnitude)
+    torch._foreach_mul_(magnitude, magnitude)
+    torch._foreach_add_(magnitude, _TINY)
+    torch._foreach_div_(change, magnitude)
+    return torch._foreach_norm(change, 1, dtype=torch.float32)
 
 
 @torch.no_grad()
