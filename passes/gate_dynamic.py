@@ -24,12 +24,11 @@ import torch
 from torch import fx
 from torch._functorch.partitioners import must_recompute
 
-from slimfit_fx.graph import JointGraph, aten, base_of, readers
+from slimfit_fx.graph import CONVERSIONS, JointGraph, aten, base_of, readers
 from slimfit_fx.plan import GatedGradient
 
 _ops = torch.ops.slimfit_fx
 _TRANSPOSES = frozenset({aten.permute.default, aten.t.default, aten.transpose.int})
-_CONVERSIONS = frozenset({torch.ops.prims.convert_element_type.default, aten._to_copy.default})
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def gate_dynamic(joint: JointGraph, layers: Mapping[int, int]) -> list[GatedGrad
 def _match(position: int, layer: int, gradient: fx.Node, backward: set[fx.Node]) -> _LinearGradient | None:
     """Reads `gradient` as a linear layer's weight gradient, if it is one and nothing else uses it."""
     node, transposed = gradient, False
-    while node.target in _TRANSPOSES or node.target in _CONVERSIONS:
+    while node.target in _TRANSPOSES or node.target in CONVERSIONS:
         if len(node.users) > 1:
             return None
         transposed ^= node.target in _TRANSPOSES
@@ -163,7 +162,7 @@ def _insert_weight_gradient(
 def _embedding_sum(gradient: fx.Node) -> fx.Node | None:
     """The sum of rows by index into zeros that `gradient` is, up to its dtype; None if it is none."""
     node = gradient
-    while node.target in _CONVERSIONS and len(node.users) == 1:
+    while node.target in CONVERSIONS and len(node.users) == 1:
         node = node.all_input_nodes[0]
     if node.target is not aten._unsafe_masked_index_put_accumulate.default or len(node.users) > 1:
         return None

@@ -46,7 +46,8 @@ VIEWS = frozenset(
     }
 )
 
-_COPIES = frozenset({aten.clone.default, aten._to_copy.default, torch.ops.prims.convert_element_type.default})
+# Operators that give the same values in another dtype.
+CONVERSIONS = frozenset({aten._to_copy.default, torch.ops.prims.convert_element_type.default})
 
 
 @dataclass
@@ -213,7 +214,11 @@ def is_pointwise(node: fx.Node) -> bool:
     """Whether each element of the result depends on one element of each argument, and on nothing random."""
     tags = getattr(node.target, "tags", ())
     random = torch.Tag.nondeterministic_seeded in tags
-    return node.op == "call_function" and not random and (torch.Tag.pointwise in tags or node.target in _COPIES)
+    return (
+        node.op == "call_function"
+        and not random
+        and (torch.Tag.pointwise in tags or node.target in (aten.clone.default, *CONVERSIONS))
+    )
 
 
 def inputs_of(graph: fx.Graph) -> dict[int, fx.Node]:

@@ -175,6 +175,7 @@ def test_they_print_and_compare():
         lambda: FixedPoint(3, 0.5, 0.0),
         lambda: FixedPoint(8, 0.0, 0.0),
         lambda: Float8("e3m4"),
+        lambda: Float8(group=0),
         lambda: TopK(0.0),
         lambda: TopOfBlock(17),
     ],

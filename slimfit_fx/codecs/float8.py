@@ -11,7 +11,7 @@ from torch import Tensor
 from slimfit_fx.errors import choose
 
 from .codec import Codec, rounding_bound, smallest
-from .layout import grouped, ungrouped
+from .layout import check_group, grouped, ungrouped
 
 _FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -33,6 +33,7 @@ class Float8(Codec):
 
     def __post_init__(self) -> None:
         choose("Float8 format", self.format, _FORMATS)
+        check_group("Float8", self.group)
 
     @property
     def label(self) -> str:

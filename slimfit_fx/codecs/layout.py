@@ -15,8 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from slimfit_fx.errors import ConfigError
+
 # The group of codecs that need none but to share bytes: long runs for vector units.
 RUN = 512
+
+
+def check_group(codec: str, group: int) -> None:
+    """Raises `ConfigError` if `group` is no size of a group."""
+    if not isinstance(group, int) or group < 8:
+        raise ConfigError(f"{codec}: group is a number of elements, at least 8, got {group!r}")
 
 
 def grouped(x: Tensor, group: int, multiple: int = 1) -> Tensor:

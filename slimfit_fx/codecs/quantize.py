@@ -11,7 +11,7 @@ from torch import Tensor
 from slimfit_fx.errors import ConfigError
 
 from .codec import Codec, rounding_bound, smallest
-from .layout import RUN, grouped, pack, ungrouped, unpack
+from .layout import RUN, check_group, grouped, pack, ungrouped, unpack
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Quantize(Codec):
     def __post_init__(self) -> None:
         if self.bits not in (8, 4, 2):
             raise ConfigError(f"Quantize: bits is 8, 4 or 2, got {self.bits!r}")
-        _check_group("Quantize", self.group)
+        check_group("Quantize", self.group)
 
     @property
     def label(self) -> str:
@@ -155,8 +155,3 @@ def _noise(values: Tensor, seed: int) -> Tensor:
 def _shifted(bits: Tensor, by: int) -> Tensor:
     """A logical right shift of int32."""
     return (bits >> by) & (2 ** (32 - by) - 1)
-
-
-def _check_group(name: str, group: int) -> None:
-    if not isinstance(group, int) or group < 8:
-        raise ConfigError(f"{name}: group is a number of elements, at least 8, got {group!r}")
