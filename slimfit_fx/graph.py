@@ -214,11 +214,8 @@ def is_pointwise(node: fx.Node) -> bool:
     """Whether each element of the result depends on one element of each argument, and on nothing random."""
     tags = getattr(node.target, "tags", ())
     random = torch.Tag.nondeterministic_seeded in tags
-    return (
-        node.op == "call_function"
-        and not random
-        and (torch.Tag.pointwise in tags or node.target in (aten.clone.default, *CONVERSIONS))
-    )
+    copies = node.target in CONVERSIONS or node.target is aten.clone.default
+    return node.op == "call_function" and not random and (torch.Tag.pointwise in tags or copies)
 
 
 def inputs_of(graph: fx.Graph) -> dict[int, fx.Node]:

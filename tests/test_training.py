@@ -324,6 +324,22 @@ def test_states_of_closed_layers_are_dropped():
     assert all(torch.isfinite(value).all() for value in slim.state_dict().values())
 
 
+def test_states_on_the_host_change_nothing():
+    """On a CPU the host is where they are; on a GPU this is the test of the copies."""
+    device = torch.accelerator.current_accelerator() or "cpu"
+    results = []
+    for place in ("device", "host"):
+        slim = transformed(net(8).to(device), freeze_rate=0.75, closed_state=place, closed_state_after=2)
+        optimizer = adamw(slim.parameters())
+        for x in batches(12):
+            optimizer.zero_grad()
+            slim(x.to(device)).square().sum().backward()
+            optimizer.step()
+        results.append(slim.state_dict())
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
 def test_the_report_counts_optimizer_states():
     slim = transformed(net(4), freeze_rate=0.5)
     plain_loop(slim, steps=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class ClosedStates:
     def __init__(self, place: str, after: int) -> None:
         self.place = place
         self.after = after
-        self._waiting: set[int] = set()
+        self._saved_later: WeakSet[Optimizer] = WeakSet()
 
     def before_step(self, optimizer: Optimizer, opened: Iterable[nn.Parameter]) -> None:
         """Brings the states of parameters that train now back to them."""
@@ -50,8 +51,8 @@ class ClosedStates:
 
     def _finish_before_saving(self, optimizer: Optimizer) -> None:
         """Copies run in the background: who asks for the optimizer's state waits for them."""
-        if id(optimizer) not in self._waiting:
-            self._waiting.add(id(optimizer))
+        if optimizer not in self._saved_later:
+            self._saved_later.add(optimizer)
             optimizer.register_state_dict_pre_hook(lambda _: torch.accelerator.synchronize())
 
 
