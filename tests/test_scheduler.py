@@ -138,6 +138,21 @@ def test_a_skipped_step_is_no_first_turn():
     assert after.score == before.score
 
 
+def test_a_layer_that_the_forward_does_not_use_loses_no_turn():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.both = False
+
+        def forward(self, x):
+            return self.spare(self.used(x)) if self.both else self.used(x)
+
+    model = slimfit_fx.transform(Sometimes(), mode="eager", freeze_rate=0.5, always_open=())
+    train(model, 6)
+    assert slimfit_fx.scheduler(model).state.score[1] > 1e8, "its first turn is still to come"
+
+
 @given(st.sampled_from(["update", "random", "cyclic"]), st.integers(2, 8), st.integers(1, 5), st.data())
 def test_layers_stay_open_for_the_least_number_of_steps(policy, layers, hold, data):
     closed = data.draw(st.integers(0, layers))

@@ -79,11 +79,14 @@ class Policy:
         return replace(state, score=tuple(score))
 
     def forget(self, state: State, layers: Iterable[int]) -> State:
-        """The state if the step at which `layers` were open moved nothing: a first turn is still to come."""
+        """The state if the step at which `layers` were open did not move them (it was skipped, or the forward did not
+        use them): their first turn is still to come."""
+        awaited = [layer for layer in layers if self.measures and state.score[layer] == _AWAITED]
+        if not awaited:
+            return state
         score, turn = list(state.score), _random_turn(len(state.score), state.seed)
-        for layer in layers:
-            if score[layer] == _AWAITED:
-                score[layer] = turn[layer]
+        for layer in awaited:
+            score[layer] = turn[layer]
         return replace(state, score=tuple(score))
 
 

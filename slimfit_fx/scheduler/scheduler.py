@@ -71,7 +71,7 @@ class Scheduler:
         self._before: dict[nn.Parameter, Tensor] = {}
         self._measuring = Measurement()  # at the step that is under way
         self._measured: Measurement | Mapping[int, float] = {}  # at the step before, not yet learnt
-        self._waiting: set[int] = set()  # layers that were measured there
+        self._trained: set[int] = set()  # layers that were open there
         self._stepped = False
         self._select()
 
@@ -100,9 +100,10 @@ class Scheduler:
         if not self._stepped:
             return
         self._learn()
+        flags = self.gates.table.tolist()
         self._measured, self._measuring = self._measuring, Measurement()
-        self._waiting = self._measured.layers
-        self._state = self._policy.advance(self._state, self.gates.table.tolist())
+        self._trained = {layer for layer, is_open in enumerate(flags) if is_open}
+        self._state = self._policy.advance(self._state, flags)
         self._stepped = False
         self._select()
 
@@ -166,7 +167,7 @@ class Scheduler:
             "layers": list(self.gates.names),
             **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(state).items()},
             "measured": sorted(map(list, self._read().items())),
-            "waiting": sorted(self._waiting),
+            "trained": sorted(self._trained),
             "open": self.gates.table.tolist(),
         }
 
@@ -190,7 +191,7 @@ class Scheduler:
                 "held": tuple(map(int, saved["held"])),
             }
             measured = {int(layer): float(value) for layer, value in saved["measured"]}
-            waiting = set(map(int, saved["waiting"]))
+            trained = set(map(int, saved["trained"]))
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"the scheduler state is damaged ({type(error).__name__}: {error})") from error
         if policy != self._config.policy:
@@ -202,7 +203,7 @@ class Scheduler:
         if any(len(column) != len(names) for column in (flags, values["score"], values["missed"], values["held"])):
             raise StateError(f"the scheduler state is damaged: it does not have {len(names)} numbers in each column")
         self._state = State(**values)
-        self._measured, self._waiting, self._measuring = measured, waiting, Measurement()
+        self._measured, self._trained, self._measuring = measured, trained, Measurement()
         self.gates.set_flags(flags)
         self._stepped = False
 
@@ -228,8 +229,8 @@ class Scheduler:
         """Hands the policy what was measured at the step before the last."""
         measured = self._read()
         self._state = self._policy.learn(self._state, measured)
-        self._state = self._policy.forget(self._state, self._waiting - measured.keys())
-        self._measured, self._waiting = {}, set()
+        self._state = self._policy.forget(self._state, self._trained - measured.keys())
+        self._measured, self._trained = {}, set()
 
     def _read(self) -> Mapping[int, float]:
         if isinstance(self._measured, Measurement):

@@ -92,11 +92,6 @@ class Measurement:
             self.root or other.root,
         )
 
-    @property
-    def layers(self) -> set[int]:
-        """What was measured."""
-        return {layer for part in self.parts for layer in part.layers}
-
     def read(self) -> Mapping[int, float]:
         """The value of each layer; none if a step was skipped."""
         for event in self.arrived:
