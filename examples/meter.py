@@ -62,13 +62,17 @@ class MemoryTimeline:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        self._look()  # a block that is over before the thread looked has a sample all the same
 
     def mark(self, name: str) -> None:
         self.marks.append((time.perf_counter() - self._begin, name))
 
     def _watch(self) -> None:
         while not self._over.wait(self._interval):
-            self.samples.append((time.perf_counter() - self._begin, self._memory.current()))
+            self._look()
+
+    def _look(self) -> None:
+        self.samples.append((time.perf_counter() - self._begin, self._memory.current()))
 
 
 def _status(key: str) -> int:
