@@ -17,7 +17,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from slimfit_fx.codecs import Codec
-from slimfit_fx.graph import VIEWS, bytes_of, fake_result, hint, origin_of, storage_bytes, storage_of
+from slimfit_fx.graph import VIEWS, bytes_of, fake_result, hint, insertion_behind, origin_of, storage_bytes, storage_of
 from slimfit_fx.plan import Plan
 from slimfit_fx.split_graph import SplitGraph
 
@@ -81,10 +81,8 @@ class _Encoded:
         function = lambda x: self.codec.encode(x.permute(self.order))  # noqa: E731
         traced = self.traces.get_or_trace(function, [produced.meta["val"]], "encode", self.codec, self.order)
         _follow_producer(produced)
-        graph = split.forward.graph
-        behind = graph.find_nodes(op="placeholder")[-1] if produced.op == "placeholder" else produced
-        with graph.inserting_before(behind.next):
-            return _splice(graph, traced, [produced], produced)
+        with insertion_behind(produced):
+            return _splice(split.forward.graph, traced, [produced], produced)
 
     def decode(self, split: SplitGraph, parts: list[fx.Node]) -> fx.Node:
         def function(*arguments: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import operator
 import torch
 from torch import fx
 
-from slimfit_fx.graph import call
+from slimfit_fx.graph import call, insertion_behind
 from slimfit_fx.split_graph import SplitGraph
 
 
@@ -27,8 +27,7 @@ def separate_seeds(split: SplitGraph) -> None:
 
 
 def _separate(graph: fx.Graph, seeds: fx.Node, reads: list[fx.Node]) -> None:
-    behind = graph.find_nodes(op="placeholder")[-1] if seeds.op == "placeholder" else seeds
-    with graph.inserting_before(behind.next):
+    with insertion_behind(seeds):
         copies = call(graph, torch.ops.slimfit_fx.separate.default, (seeds,), seeds)
     for read in reads:
         with graph.inserting_before(read):

@@ -140,6 +140,12 @@ def call(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], ori
     return node
 
 
+def insertion_behind(node: fx.Node) -> Any:
+    """Where nodes that read `node` can be added: right behind it, but behind all of the graph's inputs."""
+    behind = node.graph.find_nodes(op="placeholder")[-1] if node.op == "placeholder" else node
+    return node.graph.inserting_before(behind.next)
+
+
 def fake_result(node: fx.Node) -> Any:
     """What a call returns for the fake values of its arguments."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])

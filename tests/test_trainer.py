@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
 import torch
+from helpers import transformed
 from torch import nn
 
 import slimfit_fx
@@ -65,10 +65,6 @@ def trained(model, data, folder, callbacks=(), resume=None, **options) -> transf
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
-
-
-def transformed(model, **config) -> nn.Module:
-    return slimfit_fx.transform(copy.deepcopy(model), **{"mode": "eager", "preset": "exact", **config})
 
 
 @pytest.mark.parametrize(

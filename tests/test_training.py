@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 
+import helpers
 import pytest
 import torch
 import transformers
@@ -29,8 +30,7 @@ def batches(count: int, rows: int = 4):
 
 
 def transformed(model: nn.Module, **config) -> nn.Module:
-    defaults = dict(mode="eager", preset="exact", freeze_rate=0.0, always_open=())
-    return slimfit_fx.transform(copy.deepcopy(model), **{**defaults, **config})
+    return helpers.transformed(model, **{"freeze_rate": 0.0, "always_open": (), **config})
 
 
 def assert_same(slim: nn.Module, model: nn.Module, tolerance: float = 1e-5) -> None:
@@ -241,6 +241,16 @@ def language_loop(model, steps: int = 3, **inputs) -> None:
         optimizer.step()
 
 
+def train_open_and_frozen(model: nn.Module, **frozen_config) -> nn.Module:
+    """Trains the model, a copy with all gates open, which must stay the same and is returned, and one half frozen."""
+    slim, frozen = transformed(model), transformed(model, freeze_rate=0.5, **frozen_config)
+    for each in (model, slim, frozen):
+        language_loop(each)
+    assert_same(slim, model, 1e-4)
+    assert slimfit_fx.scheduler(frozen).state.step == 3
+    return slim
+
+
 def test_tied_embeddings_and_generation():
     model = tiny_llama()
     slim = transformed(model)
@@ -257,12 +267,7 @@ def test_tied_embeddings_and_generation():
 def test_checkpointed_blocks_of_transformers():
     model = tiny_llama()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    slim, frozen = transformed(model), transformed(model, freeze_rate=0.5, preset="balanced")
-    language_loop(model)
-    language_loop(slim)
-    language_loop(frozen)
-    assert_same(slim, model, 1e-4)
-    assert slimfit_fx.scheduler(frozen).state.step == 3
+    train_open_and_frozen(model, preset="balanced")
 
 
 def test_adapters_are_layers():
@@ -270,14 +275,9 @@ def test_adapters_are_layers():
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, init_lora_weights=False)
     torch.manual_seed(0)
     model = peft.get_peft_model(tiny_llama(), config)
-    slim, frozen = transformed(model), transformed(model, freeze_rate=0.5)
+    slim = train_open_and_frozen(model)
     assert all("lora" in name for name in slimfit_fx.gates(slim).names)
     assert len(slimfit_fx.gates(slim)) == 8
-    language_loop(model)
-    language_loop(slim)
-    language_loop(frozen)
-    assert_same(slim, model, 1e-4)
-    assert slimfit_fx.scheduler(frozen).state.step == 3
 
 
 def test_changing_batches_recompile_once():

@@ -9,7 +9,6 @@ from ..config import Config
 
 # From the share of the rise that is done, 0 to 1, to the share of the end value.
 _CURVES: Mapping[str, Callable[[float], float]] = {
-    "constant": lambda _: 1.0,
     "linear": lambda done: done,
     "cosine": lambda done: (1 - math.cos(math.pi * done)) / 2,
 }
@@ -22,5 +21,6 @@ def freeze_rate_at(config: Config, step: int) -> float:
     rising = step - config.warmup_steps
     if rising < 0:
         return 0.0
-    done = min(1.0, rising / config.rise_steps) if config.rise_steps else 1.0
-    return config.freeze_rate * (1.0 if done == 1.0 else _CURVES[config.rate_schedule](done))
+    if not config.rise_steps:  # a constant schedule
+        return config.freeze_rate
+    return config.freeze_rate * _CURVES[config.rate_schedule](min(1.0, rising / config.rise_steps))

@@ -14,9 +14,9 @@ from torch import Tensor
 
 # Added to squares of weights: an element that was zero, or nearly, counts as unmoved.
 _TINY = 1e-30
-# Elements whose temporary copies are alive together: on a CPU they stay in its cache.
+# Elements whose temporary copies are alive together.
 _CHUNK = 1 << 24
-_CPU_CHUNK = 1 << 14
+_CPU_CHUNK = 1 << 14  # they stay in its cache
 
 
 @torch.no_grad()
