@@ -16,7 +16,7 @@ from .errors import ConfigError, choose
 from .presets import PRESETS
 from .roles import ROLE_DTYPES, ROLES
 
-POLICIES = ("update", "gradient", "random", "cyclic", "static")
+POLICIES = ("update", "overdue", "gradient", "random", "cyclic", "static")
 RATE_SCHEDULES = ("constant", "linear", "cosine")
 CLOSED_STATES = ("device", "host", "none")
 GRANULARITIES = ("parameter", "module", "block")
@@ -43,7 +43,8 @@ class Config:
         memory_budget: instead of a rate, bytes or a text like `"2.5GiB"` (`KiB`, `MiB`, `GiB`, or `KB`, `MB`, `GB`)
             for the tensors saved between forward and backward: the layers of the largest scores that fit are open.
         policy: which layers are open next. `"update"`: those whose weights moved most, relative to their size, when
-            they were last trained (the paper's inter-layer scheduling); `"gradient"`: those whose gradient's norm was
+            they were last trained (the paper's inter-layer scheduling); `"overdue"`: those that have missed most: that
+            change times the steps since; `"gradient"`: those whose gradient's norm was
             largest, relative to the weights'; `"random"` (LISA); `"cyclic"`: in turn (BAdam); `"static"`: none, only
             biases and what is always open train (BitFit).
         min_open_steps: for how many steps a layer stays open at least.

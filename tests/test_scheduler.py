@@ -17,6 +17,7 @@ from slimfit_fx.config import POLICIES as POLICY_NAMES
 from slimfit_fx.gates import Gates
 from slimfit_fx.layers import find_layers
 from slimfit_fx.scheduler import POLICIES, Scheduler, select
+from slimfit_fx.scheduler.policy import held_open
 from slimfit_fx.scheduler.rate import freeze_rate_at
 from slimfit_fx.scheduler.statistics import measure_gradients, measure_updates, relative_updates
 
@@ -38,7 +39,7 @@ def simulate(policy: str, layers: int, closed: int, steps: int, measure, hold: i
     rule, closable, chosen, waiting = POLICIES[policy], [True] * layers, [], {}
     state = rule.init(layers, seed=3)
     for step in range(steps):
-        flags = select(state, closable, closed, hold)
+        flags = select(rule.priority(state), closable, closed, held_open(state, hold))
         chosen.append(flags)
         state = rule.advance(rule.learn(state, waiting), flags)
         waiting = {i: measure(i, step) for i in range(layers) if flags[i]} if rule.measures else {}
@@ -49,14 +50,14 @@ def test_config_knows_every_policy():
     assert tuple(POLICIES) == POLICY_NAMES
 
 
-@given(st.sampled_from(["update", "gradient", "random", "cyclic"]), st.integers(2, 12), st.data())
+@given(st.sampled_from(["update", "overdue", "gradient", "random", "cyclic"]), st.integers(2, 12), st.data())
 def test_just_the_asked_number_is_closed(policy, layers, data):
     closed = data.draw(st.integers(0, layers))
     for flags in simulate(policy, layers, closed, 10, lambda layer, step: 1 / (1 + layer + step)):
         assert flags.count(False) == closed
 
 
-@given(st.sampled_from(["update", "gradient", "cyclic"]), st.integers(2, 12), st.data())
+@given(st.sampled_from(["update", "overdue", "gradient", "cyclic"]), st.integers(2, 12), st.data())
 def test_every_layer_gets_its_first_turn_before_any_gets_its_second(policy, layers, data):
     """Paper, section 3: distances start huge."""
     opened = data.draw(st.integers(1, layers))
@@ -128,7 +129,17 @@ def test_gradient_norms_relative_to_weights():
 def test_a_layer_that_diverges_stays_open():
     rule = POLICIES["update"]
     state = rule.learn(rule.advance(rule.init(2, 0), [True, True]), {0: float("nan"), 1: 0.1})
-    assert select(state, [True, True], 1) == (True, False)
+    assert select(rule.priority(state), [True, True], 1) == (True, False)
+
+
+def test_overdue_layers_train_in_proportion_to_their_changes():
+    """The paper's rule would train the one that moves most at every step, and the others hardly ever."""
+    moves = [4.0, 2.0, 1.0, 1.0]
+    chosen = simulate("overdue", 4, closed=3, steps=800, measure=lambda layer, step: moves[layer])
+    opened = [sum(flags[layer] for flags in chosen) / len(chosen) for layer in range(4)]
+    assert opened == pytest.approx([0.5, 0.25, 0.125, 0.125], abs=0.06)
+    chosen = simulate("update", 4, closed=3, steps=800, measure=lambda layer, step: moves[layer])
+    assert sum(flags[2] for flags in chosen) == 1
 
 
 def test_a_skipped_step_is_no_first_turn():

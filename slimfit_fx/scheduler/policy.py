@@ -1,9 +1,10 @@
 """Policies: pure functions over an explicit state, so that a resume is a copy of the state.
 
-    state = policy.init(layers, seed)        before the first step
-    flags = select(state, closable, closed)  which gates are open: all but `closed` of the closable layers
-    state = policy.advance(state, flags)     after the optimizer step
-    state = policy.learn(state, measured)    when its measurements are there: one step later
+    state = policy.init(layers, seed)           before the first step
+    priority = policy.priority(state)           one number per layer
+    flags = select(priority, closable, closed)  which gates are open: all but `closed` of the closable layers
+    state = policy.advance(state, flags)        after the optimizer step
+    state = policy.learn(state, measured)       when its measurements are there: one step later
 
 What a policy measures of each open layer is in `measures`: `"update"`, the mean relative change of its weights;
 `"gradient"`, the norm of its gradient relative to that of its weights; or nothing.
@@ -29,7 +30,7 @@ class State:
     Attributes:
         step: optimizer steps so far.
         seed: of random choices.
-        score: the layers with the smallest are frozen.
+        score: of each layer, the larger the sooner it is trained.
         missed: for how many steps the layer has been closed; 0 if it was open at the last one.
         held: for how many steps it has been open; 0 if it was closed at the last one.
     """
@@ -52,14 +53,22 @@ class Policy:
     Attributes:
         rescore: the scores after a step, as far as they need no measurement.
         measures: `"update"`, `"gradient"` or `""`.
+        overdue: whether a layer's score counts once for each step since it was open.
     """
 
     rescore: Rescore
     measures: str = ""
+    overdue: bool = False
 
     def init(self, layers: int, seed: int) -> State:
         """The state before the first step: layers in random order."""
         return State(0, seed, _random_turn(layers, seed), (0,) * layers, (0,) * layers)
+
+    def priority(self, state: State) -> tuple[float, ...]:
+        """One number per layer; those with the smallest are frozen."""
+        if not self.overdue:
+            return state.score
+        return tuple(score * (missed + 1) for score, missed in zip(state.score, state.missed, strict=True))
 
     def advance(self, state: State, open_gates: Sequence[bool]) -> State:
         """The state after an optimizer step at which `open_gates` trained."""
@@ -90,14 +99,16 @@ class Policy:
         return replace(state, score=tuple(score))
 
 
-def select(state: State, closable: Sequence[bool], closed: int, min_open_steps: int = 1) -> tuple[bool, ...]:
-    """The gates of the next step: the `closed` closable layers of the smallest score are frozen.
+def select(
+    priority: Sequence[float], closable: Sequence[bool], closed: int, held: Sequence[bool] | None = None
+) -> tuple[bool, ...]:
+    """The gates of the next step: the `closed` closable layers of the smallest priority are frozen.
 
-    Layers that opened less than `min_open_steps` ago stay open, even if fewer than `closed` are left.
+    Layers that are `held` stay open, even if fewer than `closed` are left.
     """
-    held = held_open(state, min_open_steps)
-    candidates = [layer for layer, may_close in enumerate(closable) if may_close and not held[layer]]
-    frozen = set(sorted(candidates, key=lambda layer: (state.score[layer], layer))[:closed])
+    may_freeze = closable if held is None else [may and not hold for may, hold in zip(closable, held, strict=True)]
+    candidates = [layer for layer, may in enumerate(may_freeze) if may]
+    frozen = set(sorted(candidates, key=lambda layer: (priority[layer], layer))[:closed])
     return tuple(layer not in frozen for layer in range(len(closable)))
 
 
@@ -139,6 +150,7 @@ def _stay(state: State, open_gates: Sequence[bool]) -> tuple[float, ...]:
 
 POLICIES: Mapping[str, Policy] = {
     "update": Policy(_await, measures="update"),
+    "overdue": Policy(_await, measures="update", overdue=True),
     "gradient": Policy(_await, measures="gradient"),
     "random": Policy(_shuffle),
     "cyclic": Policy(_queue),

@@ -31,7 +31,7 @@ _HISTORY = 10_000
 
 
 class Choice(NamedTuple):
-    """The gates of one step: names of the open layers, and the scores, one per layer, that they were chosen by."""
+    """The gates of one step: names of the open layers, and the priorities, one per layer, that they were chosen by."""
 
     step: int
     open: tuple[str, ...]
@@ -214,16 +214,16 @@ class Scheduler:
 
     def _select(self) -> None:
         state, budget = self._state, self._config.budget
+        priority, held = self._policy.priority(state), held_open(state, self._config.min_open_steps)
         if budget is None:
             closed = int(freeze_rate_at(self._config, state.step) * sum(self._closable))
-            flags = select(state, self._closable, closed, self._config.min_open_steps)
+            flags = select(priority, self._closable, closed, held)
         elif self.plan is None:
             flags = tuple(not may_close for may_close in self._closable)  # what the others cost is not known yet
         else:
-            held = held_open(state, self._config.min_open_steps)
-            flags = choose_open(self.plan, state.score, held, self._closable, budget)
+            flags = choose_open(self.plan, priority, held, self._closable, budget)
         self.gates.set_flags(flags)
-        self.history.append(Choice(state.step, tuple(self.gates.open), array("f", state.score)))
+        self.history.append(Choice(state.step, tuple(self.gates.open), array("f", priority)))
 
     def _learn(self) -> None:
         """Hands the policy what was measured at the step before the last."""
