@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -19,22 +19,18 @@ from .find_role import find_role
 _SMALL = 64
 
 
-def make_plan(
-    split: SplitGraph,
-    gradients: Sequence[GatedGradient],
-    rules: CodecRules,
-    activations: Collection[int] = frozenset(),
-) -> Plan:
+def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: CodecRules) -> Plan:
     """The plan of `split`. Bytes are counted once a storage, and not at all where the caller holds it anyway.
 
     Args:
         split: with the passes' operators in it.
         gradients: what `gate_dynamic` returned.
         rules: which codec a saved tensor gets, by its role and its module.
-        activations: positions of inputs that only the saved tensors of this graph hold: they count.
     """
     inputs = {
-        storage_of(node) for position, node in split.inputs().items() if is_tensor(node) and position not in activations
+        storage_of(node)
+        for position, node in split.inputs().items()
+        if is_tensor(node) and position not in split.activations
     }
     counted = set(inputs)
     plan = Plan(gradients=list(gradients))
@@ -54,6 +50,7 @@ def make_plan(
                 nbytes=0 if storage in counted else storage_bytes(produced, rows),
                 borrowed=storage in inputs,
                 rows=rows,
+                rebuildable=rules.rebuild,
             )
         )
         counted.add(storage)

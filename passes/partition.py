@@ -30,4 +30,4 @@ def partition(joint: JointGraph, inputs: Any, **options: Any) -> SplitGraph:
         descriptions = list(output.meta["desc"])
         output.meta["desc"] = [*descriptions[: joint.num_outputs], *descriptions[total:]]
     forward.graph.eliminate_dead_code()
-    return SplitGraph(forward, backward, joint.num_outputs)
+    return SplitGraph(forward, backward, joint.num_outputs, joint.activations)

@@ -44,23 +44,19 @@ _REDUCTIONS = frozenset({aten.amax.default, aten.sum.dim_IntList, aten.any.dim, 
 _LONGEST = 40
 
 
-def rebuild(split: SplitGraph, plan: Plan, activations: Collection[int] = (), everything: bool = True) -> None:
+def rebuild(split: SplitGraph, plan: Plan) -> None:
     """Drops saved tensors that can be rebuilt, the last produced first, and says so in the plan.
 
-    Args:
-        split: as the partitioner left it; what is saved compressed later is compressed for all its readers.
-        plan: of `split`.
-        activations: positions of inputs that only the saved tensors of this graph hold: no free sources.
-        everything: whether to look at all of them, or only at those whose codec is `Recompute`.
+    What is saved compressed later is compressed for all its readers.
     """
-    recipes = _Recipes(split, activations)
+    recipes = _Recipes(split)
     order = {node: index for index, node in enumerate(split.forward.graph.nodes)}
     for produced, taken in sorted(split.saved(), key=lambda pair: -order[pair[0]]):
         row = plan.find(taken.name)
         if row is None or row.borrowed:
             continue
         wish = row.codec if isinstance(row.codec, Recompute) else None
-        if wish is None and not everything:
+        if wish is None and not row.rebuildable:
             continue
         steps = recipes.find(produced, _recomputable if wish else _cheap)
         if wish:
@@ -107,9 +103,10 @@ class _Step:
 class _Recipes:
     """How to compute nodes of the forward in the backward, from what is saved at the moment."""
 
-    def __init__(self, split: SplitGraph, activations: Collection[int]) -> None:
+    def __init__(self, split: SplitGraph) -> None:
         self.split = split
-        self.unusable = {node for position, node in split.inputs().items() if position in activations}
+        # of an input that an earlier graph made, only what is saved is alive
+        self.unusable = {node for position, node in split.inputs().items() if position in split.activations}
         self.unusable |= _mutated_inputs(split)
 
     def find(self, wanted: fx.Node, allowed: Callable[[fx.Node], bool]) -> list[_Step] | None:

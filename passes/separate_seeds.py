@@ -12,10 +12,11 @@ import torch
 from torch import fx
 
 from slimfit_fx.graph import call, insertion_behind
+from slimfit_fx.plan import Plan
 from slimfit_fx.split_graph import SplitGraph
 
 
-def separate_seeds(split: SplitGraph) -> None:
+def separate_seeds(split: SplitGraph, _: Plan) -> None:
     """Reads the seeds of each graph from copies of their own; there are none before Inductor made them."""
     for module in (split.forward, split.backward):
         lookups: dict[fx.Node, list[fx.Node]] = {}

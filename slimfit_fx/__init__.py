@@ -15,6 +15,7 @@ from .errors import VersionError as VersionError
 from .gates import Gates as Gates
 from .plot import plot_history as plot_history
 from .plot import plot_memory as plot_memory
+from .policies import POLICIES as POLICIES
 from .report import Report as Report
 from .roles import ROLES as ROLES
 from .scheduler import Choice as Choice

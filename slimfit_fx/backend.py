@@ -1,4 +1,4 @@
-"""From the graph that Dynamo captured to the compiled pair: the one list of passes, in order.
+"""From the graph that Dynamo captured to the compiled pair: the passes, in order.
 
 expose_gates     the gate table becomes an input
 AOTAutograd      traces the joint graph
@@ -49,6 +49,15 @@ from .graph import JointGraph
 from .plan import Plan
 from .presets import CodecRules
 from .split_graph import SplitGraph
+
+# What is done to a split graph and its plan, in order; to add a pass, add it here.
+SPLIT_PASSES: list[Callable[[SplitGraph, Plan], None]] = [
+    save_derivatives,
+    rebuild,
+    keep_trained,
+    compress,
+    separate_seeds,
+]
 
 
 @dataclass(eq=False)
@@ -104,15 +113,12 @@ class _Partitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        joint = JointGraph.copy_of(gm, options.pop("num_fwd_outputs"))
+        joint = JointGraph.copy_of(gm, options.pop("num_fwd_outputs"), self.capture.activations)
         gradients = gate_dynamic(joint, self.capture.layers)
         split = partition(joint, joint_inputs, **options)
-        plan = make_plan(split, gradients, self.rules, self.capture.activations)
-        save_derivatives(split, plan)
-        rebuild(split, plan, self.capture.activations, self.rules.rebuild)
-        keep_trained(split, plan)
-        compress(split, plan)
-        separate_seeds(split)
+        plan = make_plan(split, gradients, self.rules)
+        for split_pass in SPLIT_PASSES:
+            split_pass(split, plan)
         split.finish()
         self.capture.plan = plan
         self.capture.split = split
@@ -127,8 +133,9 @@ class _Partitioner(CustomPartitionerFn):
         return str, (self.uuid(),)
 
     def uuid(self) -> str:
-        """What the code depends on: the passes' sources, the gated inputs, the codecs."""
-        return f"slimfit_fx {_source_hash()} {sorted(self.capture.layers.items())} {self.rules}"
+        """What the code depends on: the passes and their sources, the gated inputs, the codecs."""
+        names = [f"{split_pass.__module__}.{split_pass.__qualname__}" for split_pass in SPLIT_PASSES]
+        return f"slimfit_fx {_source_hash()} {names} {sorted(self.capture.layers.items())} {self.rules}"
 
 
 def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Partitioner) -> Callable[..., Any]:

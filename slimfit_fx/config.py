@@ -13,10 +13,10 @@ import torch
 
 from .codecs import Codec
 from .errors import ConfigError, choose
+from .policies import POLICIES
 from .presets import PRESETS
 from .roles import ROLE_DTYPES, ROLES
 
-POLICIES = ("update", "overdue", "gradient", "random", "cyclic", "static")
 RATE_SCHEDULES = ("constant", "linear", "cosine")
 CLOSED_STATES = ("device", "host", "none")
 GRANULARITIES = ("parameter", "module", "block")

@@ -52,17 +52,24 @@ CONVERSIONS = frozenset({aten._to_copy.default, torch.ops.prims.convert_element_
 
 @dataclass
 class JointGraph:
-    """The joint forward and backward graph, before it is partitioned."""
+    """The joint forward and backward graph, before it is partitioned.
+
+    Attributes:
+        activations: positions of inputs that an earlier graph of the same forward made (after a graph break): only what
+            this graph saves of them keeps them alive.
+        extra_outputs: how many nodes are kept for the backward, so far.
+    """
 
     module: fx.GraphModule
     num_outputs: int
+    activations: frozenset[int] = frozenset()
     extra_outputs: int = 0
 
     @classmethod
-    def copy_of(cls, module: fx.GraphModule, num_outputs: int) -> JointGraph:
+    def copy_of(cls, module: fx.GraphModule, num_outputs: int, activations: frozenset[int] = frozenset()) -> JointGraph:
         """A copy to rewrite, in which equal computations are one node: one view of an activation, for instance,
         instead of one for each layer that reads it."""
-        return cls(fx.GraphModule(module, fx_graph_cse(module.graph)), num_outputs)
+        return cls(fx.GraphModule(module, fx_graph_cse(module.graph)), num_outputs, activations)
 
     @property
     def graph(self) -> fx.Graph:

@@ -25,6 +25,7 @@ class SavedTensor:
         nbytes: of the storage that stays alive for it, 0 if that is an input, a parameter, or counted in another row.
         borrowed: whether the caller holds its storage anyway: an input, a parameter, or a view of one.
         rows: how many rows a dynamic tensor has when a gate is open.
+        rebuildable: whether it is left out if it can be computed from other saved tensors.
         codec: what the configuration wants for it; None stores it as it is.
         stored: bytes of what is handed over in its place.
         form: how it is stored, in words: the codec that was used, `"rebuilt"`, or `""` for as it is.
@@ -40,6 +41,7 @@ class SavedTensor:
     nbytes: int
     borrowed: bool = False
     rows: int = 0
+    rebuildable: bool = True
     codec: Codec | None = None
     stored: int = -1
     form: str = ""

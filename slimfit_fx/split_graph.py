@@ -27,12 +27,14 @@ class SplitGraph:
     """A forward and a backward graph that fit together, as the partitioner returns them.
 
     Attributes:
+        activations: positions of inputs that only what is saved keeps alive, as in the joint graph.
         late: nodes of the backward that `finish` moves to their first reader.
     """
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     num_outputs: int
+    activations: frozenset[int] = frozenset()
     late: set[fx.Node] = field(default_factory=set)
 
     def inputs(self) -> dict[int, fx.Node]:

@@ -18,11 +18,11 @@ from ..errors import StateError
 from ..gates import Gates
 from ..layers import Layer
 from ..plan import Plan
+from ..policies import POLICIES, State, held_open, select
 from .agreement import Agreement
 from .budget import check_budget, choose_open
 from .catch_up import catch_up_factor, fade_momentum, lengthen
 from .closed_states import ClosedStates, state_bytes
-from .policy import POLICIES, State, held_open, select
 from .rate import freeze_rate_at
 from .statistics import Measurement, may_skip, measure_gradients, measure_updates
 

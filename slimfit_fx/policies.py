@@ -148,7 +148,8 @@ def _stay(state: State, open_gates: Sequence[bool]) -> tuple[float, ...]:
     return state.score
 
 
-POLICIES: Mapping[str, Policy] = {
+# by name, as `Config.policy` has it; to add a policy, add it here
+POLICIES: dict[str, Policy] = {
     "update": Policy(_await, measures="update"),
     "overdue": Policy(_await, measures="update", overdue=True),
     "gradient": Policy(_await, measures="gradient"),
