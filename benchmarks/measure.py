@@ -1,9 +1,10 @@
-"""Measures one method on one setting in this process, and prints one JSON line.
+"""Measures one cell in this process, a method on a model in a setting, and prints one JSON line.
 
-    python benchmarks/measure.py exact --setting bert4 --freeze-rate 0.9
+    python benchmarks/measure.py balanced --model bert4 --optimizer adamw --batch 32
+    python benchmarks/measure.py balanced --model bert4 --config num_hidden_layers=8 --option freeze_rate=0.5
 
-Resident memory is only meaningful when freed memory goes back at once: `compare.py` sets glibc's thresholds for the
-processes that it starts.
+Resident memory is only meaningful when freed memory goes back at once, and a first step only when nothing is cached:
+`run.py` sees to both in the processes that it starts.
 """
 
 from __future__ import annotations
@@ -14,74 +15,64 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import methods
+import models
 import training
 from meter import PeakMemory
 
 import slimfit_fx
-from slimfit_fx.presets import PRESETS
 
-BASELINES = ("eager", "compile")
-METHODS = (*BASELINES, *PRESETS)
-
-
-def bert(batch: int, length: int, **config: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """A BERT classifier with dropout 0.1, random weights and tokens; BERT-base where `config` says nothing else."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    inputs = {
-        "input_ids": torch.randint(0, 30000, (batch, length)),
-        "attention_mask": torch.ones(batch, length, dtype=torch.long),
-        "labels": torch.randint(0, 2, (batch,)),
-    }
-    return BertForSequenceClassification(BertConfig(problem_type="single_label_classification", **config)), inputs
-
-
-SETTINGS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
-    "bert4": lambda: bert(16, 128, num_hidden_layers=4),
-    "bert12": lambda: bert(4, 128),
-    # the text example's architecture and shapes
-    "minilm": lambda: bert(32, 48, hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
-}
+WARM_UP = 2
+PRECISIONS = ("fp32", "tf32", "bf16")
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     # without state: the activations are what is looked at
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-4),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+    "adamw8bit": lambda parameters: _adamw8bit(parameters),
 }
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The cell's figures: bytes, seconds, and how many graphs were compiled.
+
+    `saved_bytes` is what is in use after a forward, `peak_bytes` the most that is in use during a step, both above what
+    the step began with; `total_bytes` adds weights and optimizer states to the peak.
+    """
     torch.manual_seed(0)
-    model, inputs = SETTINGS[options.setting]()
     device = torch.device(options.device)
-    model.to(device).train()
+    if options.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    model, inputs = models.build(options.model, options.batch, options.length, dict(options.config))
+    model = methods.prepare(model.to(device), options.method, **dict(options.option))
     inputs = {name: value.to(device) for name, value in inputs.items()}
-    if options.method == "compile":
-        model.compile()
-    elif options.method != "eager":
-        slimfit_fx.transform(model, preset=options.method, freeze_rate=options.freeze_rate, **dict(options.option))
-    spent = [0.0] if options.method in BASELINES else _time_scheduler(slimfit_fx.scheduler(model))
-    optimizer = OPTIMIZERS[options.optimizer](model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = OPTIMIZERS[options.optimizer](model.parameters() if options.method == "lisa" else parameters)
+    autocast = torch.autocast(device.type, torch.bfloat16) if options.precision == "bf16" else nullcontext()
     memory = PeakMemory(device)
+    slimfit = methods.is_slimfit(options.method)
+    spent = _time_scheduler(slimfit_fx.scheduler(model)) if slimfit else [0.0]
 
     def step() -> dict[str, float]:
         gc.collect()
         spent[0] = 0.0
         memory.start()
         start = time.perf_counter()
-        loss = model(**inputs).loss
-        saved = memory.current()
-        predicted = saved if options.method in BASELINES else slimfit_fx.report(model).saved_bytes_after
-        loss.backward()
+        with autocast:
+            loss = model(**inputs).loss
         _synchronize(device)
-        peak = memory.peak()
+        saved = memory.current()
+        predicted = slimfit_fx.report(model).saved_bytes_after if slimfit else 0
+        loss.backward()
+        gradients = tensor_bytes(parameter.grad for parameter in model.parameters())
         optimizer.step()
         optimizer.zero_grad()
         _synchronize(device)
@@ -91,26 +82,60 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "scheduler_seconds": spent[0],
             "saved_bytes": saved,
             "predicted_bytes": predicted,
-            "peak_bytes": peak,
+            "gradient_bytes": gradients,
+            "peak_bytes": memory.peak(),
         }
 
     first = step()["seconds"]
-    for _ in range(2):
+    if options.steps == 0:
+        return {**vars(options), "first_step_seconds": first}
+    for _ in range(WARM_UP):
         step()
     rows = [step() for _ in range(options.steps)]
     seconds = sorted(row["seconds"] for row in rows)
-    return {
-        **vars(options),
+    figures = {
         "first_step_seconds": first,
         "step_seconds": statistics.median(seconds),
         "step_seconds_spread": [seconds[0], seconds[-1]],
         "scheduler_seconds": statistics.mean(row["scheduler_seconds"] for row in rows),
+        "weight_bytes": tensor_bytes([*model.parameters(), *model.buffers()]),
+        "gradient_bytes": max(row["gradient_bytes"] for row in rows),
+        "optimizer_bytes": optimizer_bytes(optimizer),
         "saved_bytes": statistics.median(row["saved_bytes"] for row in rows),
-        "prediction_error": max(abs(row["saved_bytes"] / row["predicted_bytes"] - 1) for row in rows),
         "saved_bytes_max": max(row["saved_bytes"] for row in rows),
+        "predicted_bytes": statistics.median(row["predicted_bytes"] for row in rows),
         "peak_bytes": statistics.median(row["peak_bytes"] for row in rows),
         "peak_bytes_max": max(row["peak_bytes"] for row in rows),
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
     }
+    figures["transient_bytes"] = figures["peak_bytes"] - max(figures["saved_bytes"], figures["gradient_bytes"])
+    figures["total_bytes"] = figures["weight_bytes"] + figures["optimizer_bytes"] + figures["peak_bytes"]
+    if device.type == "cuda":
+        figures["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    return {**vars(options), **figures}
+
+
+def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Of tensors that share nothing; tensor subclasses by what they hold."""
+    return sum(_nbytes(tensor) for tensor in tensors if tensor is not None)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return tensor_bytes(value for value in states if isinstance(value, Tensor))
+
+
+def _nbytes(tensor: Tensor) -> int:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.numel() * tensor.element_size()
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return sum(_nbytes(getattr(tensor, name)) for name in names)
+
+
+def _adamw8bit(parameters: Any) -> torch.optim.Optimizer:
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=1e-4)
 
 
 def _time_scheduler(scheduler: slimfit_fx.Scheduler) -> list[float]:
@@ -137,12 +162,15 @@ def _synchronize(device: torch.device) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=METHODS)
-    parser.add_argument("--setting", choices=SETTINGS, default="bert4")
-    parser.add_argument("--freeze-rate", type=float, default=0.9)
-    parser.add_argument("--option", action="append", default=[], type=training.option, metavar="FIELD=VALUE")
+    parser.add_argument("method", choices=methods.METHODS)
+    parser.add_argument("--model", choices=models.MODELS, default="bert4")
+    parser.add_argument("--batch", type=int, default=None, help="default: the model's")
+    parser.add_argument("--length", type=int, default=None, help="tokens, or pixels a side; default: the model's")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
-    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--config", action="append", default=[], type=training.option, metavar="FIELD=VALUE")
+    parser.add_argument("--option", action="append", default=[], type=training.option, metavar="FIELD=VALUE")
+    parser.add_argument("--steps", type=int, default=9, help="0: only the first, with its compilation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)
 

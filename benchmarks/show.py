@@ -1,0 +1,124 @@
+"""Prints the tables of results of run.py and draws their Pareto plots.
+
+    python benchmarks/show.py benchmarks/results/cpu.json --plot docs/pictures
+
+One table per setting. Figures are medians over rounds; ratios are to `compile`, or to the first method, within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+Cell = dict[str, Any]
+# figure, heading, whether with its ratio to the baseline
+COLUMNS = (
+    ("saved_bytes", "saved", True),
+    ("peak_bytes", "peak over base", True),
+    ("gradient_bytes", "gradients", False),
+    ("optimizer_bytes", "optimizer", False),
+    ("total_bytes", "total peak", True),
+    ("step_seconds", "step", True),
+    ("first_step_seconds", "first step", True),
+    ("warm_first_step_seconds", "first step, cached", False),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--plot", type=Path, default=None, help="a folder for the pictures")
+    options = parser.parse_args()
+    for path in options.results:
+        result = json.loads(path.read_text())
+        machine = result["machine"]
+        print(f"{machine['device']}, torch {machine['torch']}, {machine['date']}, commit {machine['commit'][:10]}")
+        for number, (setting, cells) in enumerate(settings(result["cells"]).items()):
+            print(f"\n{setting}\n\n{table(cells)}\n")
+            if options.plot:
+                options.plot.mkdir(parents=True, exist_ok=True)
+                plot(setting, cells).savefig(options.plot / f"{path.stem}-{number}.svg", bbox_inches="tight")
+
+
+def settings(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Cells by setting: everything but method and round, in words."""
+    groups: dict[str, list[Cell]] = {}
+    for entry in cells:
+        rest = {key: value for key, value in entry["cell"].items() if key not in ("method", "round", "steps")}
+        title = ", ".join(str(v) if isinstance(v, str) else f"{k} {json.dumps(v)}" for k, v in rest.items())
+        groups.setdefault(title, []).append(entry)
+    return groups
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """A line per method; a method that failed in any round says why."""
+    lines = []
+    for method, rows in by_method(cells).items():
+        errors = [row["error"] for row in rows if "error" in row]
+        if errors:
+            lines.append([method, f"failed: {errors[0]}"])
+            continue
+        shown = []
+        for figure, _, with_ratio in COLUMNS:
+            values = [row[figure] for row in rows if figure in row]
+            text = amount(figure, statistics.median(values)) if values else ""
+            shown.append(f"{text} ({ratio(cells, rows, figure):.2f}x)" if values and with_ratio else text)
+        lines.append([method, *shown])
+    return tabulate(lines, ["method", *(heading for _, heading, _ in COLUMNS)], "github")
+
+
+def plot(setting: str, cells: Sequence[Cell]) -> Any:
+    """Peak memory against step time, both relative to the baseline; what is not beaten in both is filled."""
+    from matplotlib.figure import Figure
+
+    points = {
+        method: (ratio(cells, rows, "step_seconds"), ratio(cells, rows, "peak_bytes"))
+        for method, rows in by_method(cells).items()
+        if not any("error" in row for row in rows)
+    }
+    figure = Figure(figsize=(8, 5.5))
+    axes = figure.add_subplot()
+    for method, point in points.items():
+        best = not any(other != point and beats(other, point) for other in points.values())
+        axes.scatter(*point, color="tab:red" if best else "tab:gray", marker="o" if best else ".")
+        axes.annotate(method, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="step time / torch.compile", ylabel="peak over base / torch.compile", title=setting, ylim=(0, None))
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return all(a <= b for a, b in zip(one, other, strict=True))
+
+
+def by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell["cell"]["method"], []).append(cell)
+    return groups
+
+
+def ratio(cells: Sequence[Cell], rows: Sequence[Cell], figure: str) -> float:
+    """The median over the rounds of `figure` relative to the baseline's in the same round."""
+    groups = by_method(cells)
+    baseline = {row["cell"]["round"]: row for row in groups.get("compile") or next(iter(groups.values()))}
+    ratios = [
+        row[figure] / baseline[row["cell"]["round"]][figure]
+        for row in rows
+        if baseline.get(row["cell"]["round"], {}).get(figure)
+    ]
+    return statistics.median(ratios) if ratios else float("nan")
+
+
+def amount(figure: str, value: float) -> str:
+    return f"{value / 2**20:.0f} MiB" if figure.endswith("bytes") else f"{value:.2f} s"
+
+
+if __name__ == "__main__":
+    main()

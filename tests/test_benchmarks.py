@@ -1,0 +1,142 @@
+"""The harness: suites name what there is, a cell is measured, tables and plots show what came out and what failed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+
+import accuracy  # noqa: E402
+import measure  # noqa: E402
+import methods  # noqa: E402
+import models  # noqa: E402
+import run  # noqa: E402
+import show  # noqa: E402
+
+TINY = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 30}
+SUITES = sorted((ROOT / "benchmarks" / "suites").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_a_suite_names_what_there_is(path):
+    cells = list(run.cells(json.loads(path.read_text())))
+    assert cells
+    for cell in cells:
+        options = measure.parse(run.flags(cell))
+        assert options.method in methods.METHODS
+        assert options.model in models.MODELS
+        assert dict(options.config) == cell.get("config", {})
+    assert len({json.dumps(cell, sort_keys=True) for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_a_method_prepares_a_model(method):
+    model, _ = models.build("minilm", batch=2, length=4, overrides=TINY)
+    everything = sum(parameter.requires_grad for parameter in model.parameters())
+    with (
+        functorch_config.patch(activation_memory_budget=1.0),
+        inductor_config.patch(post_grad_fusion_options={}),
+    ):
+        model = methods.prepare(model, method)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any("classifier" in name for name in trained)
+    assert (len(trained) < everything) == (method in ("bitfit", "lisa")) or method == "lora"
+    if method == "lora":
+        assert all("lora_" in name or "classifier" in name for name in trained)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_a_model_gives_a_loss(name):
+    config = {**TINY, "num_key_value_heads": 1} if models.MODELS[name]["family"] == "llama" else TINY
+    model, inputs = models.build(name, batch=2, length=32, overrides=config)
+    assert model(**inputs).loss.isfinite()
+
+
+@pytest.mark.parametrize("method", ["eager", "balanced"])
+def test_a_cell_is_measured(method, capsys):
+    command = [method, "--model=minilm", "--batch=4", "--length=8", "--optimizer=adamw", "--steps=2", "--device=cpu"]
+    command += [f"--config={name}={value}" for name, value in TINY.items()]
+    command += ['--option=mode="eager"', "--option=freeze_rate=0.5"] if method == "balanced" else []
+    figures = measure.measure(measure.parse(command))
+    weights = figures["weight_bytes"]
+    assert figures["total_bytes"] >= weights + figures["optimizer_bytes"]
+    if method == "eager":
+        assert figures["gradient_bytes"] <= weights
+        assert figures["optimizer_bytes"] > 1.9 * figures["gradient_bytes"]
+    else:
+        assert figures["gradient_bytes"] < 0.9 * weights
+        assert figures["predicted_bytes"] > 0
+    assert json.loads(json.dumps(figures))["model"] == "minilm"
+
+
+def fake(method, number, **figures):
+    cell = {"model": "bert4", "method": method, "round": number}
+    names = [name for name, *_ in show.COLUMNS]
+    return {"cell": cell, **dict.fromkeys(names, 2**20), **figures}
+
+
+def test_a_table_has_ratios_within_rounds_and_failures():
+    cells = [fake("compile", 0, step_seconds=2.0), fake("balanced", 0, step_seconds=1.0)]
+    cells += [fake("compile", 1, step_seconds=6.0), fake("balanced", 1, step_seconds=3.0)]
+    cells += [{"cell": {"model": "bert4", "method": "fp8", "round": 0}, "error": "boom"}]
+    ((setting, group),) = show.settings(cells).items()
+    text = show.table(group)
+    assert setting == "bert4"
+    assert "2.00 s (0.50x)" in text
+    assert "failed: boom" in text
+    axes = show.plot(setting, group).axes[0]
+    assert {label.get_text() for label in axes.texts} == {"compile", "balanced"}
+
+
+def test_a_suite_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    suite, out, asked = tmp_path / "suite.json", tmp_path / "out.json", []
+    grid = {"model": "bert4", "method": ["compile", "fp8"]}
+    suite.write_text(json.dumps({"rounds": 2, "grids": [grid]}))
+
+    def measured(cell):
+        asked.append(cell["method"])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return {"error": "boom"} if cell["method"] == "fp8" else {"step_seconds": 1.0}
+
+    monkeypatch.setattr(run, "measured", measured)
+    command = [str(suite), "--out", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        run.main(command)
+    run.main(command)
+    assert asked == ["compile", "fp8", "fp8", "compile", "fp8"]
+    run.main([*command, "--retry"])
+    assert asked[5:] == ["fp8", "fp8"]
+
+
+def test_accuracy_tries_each_rate_once_and_goes_on_with_the_best(tmp_path, monkeypatch):
+    asked, out = [], tmp_path / "out.json"
+
+    def trained(wanted, _):
+        asked.append((wanted["learning_rate"], wanted["seed"]))
+        return {"validation_accuracy": 1 - abs(wanted["learning_rate"] - 2e-4), "test_accuracy": 0.5}
+
+    monkeypatch.setattr(accuracy, "trained", trained)
+    command = ["balanced", "--rates", "1e-4", "2e-4", "4e-4", "--out", str(out)]
+    accuracy.main(command)
+    assert asked == [(1e-4, 0), (2e-4, 0), (4e-4, 0), (2e-4, 1), (2e-4, 2)]
+    accuracy.main(command)
+    assert len(asked) == 5
+    assert "50.0, 50.0, 50.0" in accuracy.table(json.loads(out.read_text())["runs"])
+
+
+def test_an_accuracy_run(tiny_bert):
+    data = tiny_bert / "data.csv"
+    data.write_text("text,label\n" + "".join(f"{word} film,{int(word == 'good')}\n" for word in ["good", "bad"] * 60))
+    wanted = {"method": "balanced", "option": {"mode": "eager"}, "learning_rate": 1e-2, "seed": 1}
+    arguments = ["--model", str(tiny_bert), "--csv", str(data), "--device=cpu", "--steps=3", "--batch=8", "--length=6"]
+    result = accuracy.trained(wanted, arguments)
+    assert 0 <= result["test_accuracy"] <= 1
+    assert result["steps"] == 3
