@@ -46,6 +46,7 @@ from . import ops as ops
 from .config import Config
 from .errors import BackendError, SlimFitError
 from .graph import JointGraph
+from .peak_estimate import true_input_sizes
 from .plan import Plan
 from .presets import CodecRules
 from .split_graph import SplitGraph
@@ -143,9 +144,7 @@ def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Parti
         module,
         inputs,
         inner_compile=functools.partial(_compile_inner, partitioner.capture),
-        # Inductor keeps dead buffers for later use as long as its estimate of the peak is not exceeded. The estimate
-        # counts the steps of quantised groups once an element: far too high.
-        config_patches={"custom_partitioner_fn": partitioner, "allow_buffer_reuse": not partitioner.rules.compress},
+        config_patches={"custom_partitioner_fn": partitioner},
     )
     return cast("Callable[..., Any]", compiled)
 
@@ -154,7 +153,8 @@ def _compile_inner(capture: Capture, gm: fx.GraphModule, inputs: Sequence[Any], 
     if not options.get("is_backward"):
         return compile_fx_inner(gm, inputs, **options)
     try:
-        return _drop_closed(compile_fx_inner(gm, inputs, **options), capture)
+        with true_input_sizes():
+            return _drop_closed(compile_fx_inner(gm, inputs, **options), capture)
     except Exception as error:  # the first backward compiles the backward graph, long after `compile_capture`
         raise _explained(error, gm) from error
 

@@ -101,11 +101,6 @@ class CodecRules:
         """Whether what can be computed from other saved tensors is not saved."""
         return PRESETS[self.preset].rebuild
 
-    @property
-    def compress(self) -> bool:
-        """Whether any codec is used."""
-        return bool(PRESETS[self.preset].codecs) or any(self.overrides.values())
-
     def chosen(self, role: str, module: str, dtype: torch.dtype) -> tuple[bool, Codec | None]:
         """(whether an override says so, the codec)."""
         for key, codec in self.overrides.items():

@@ -158,3 +158,24 @@ def test_a_warm_cache_never_gives_another_configurations_code(tmp_path):
         *warm, hits = process(**config)
         assert warm == expected
         assert hits > 0, "the generated code was not found again"
+
+
+def test_the_code_generator_knows_how_large_saved_tensors_are(monkeypatch):
+    """By its own estimate a group's step is as large as what it scales: dead buffers would be kept for that."""
+    from torch._inductor import memory
+
+    counted = []
+    estimate = memory.estimate_peak_memory
+
+    def spy(nodes, inputs, outputs):
+        counted.append(sum(buffer.mpi_buffer.size_free for name, buffer in inputs.items() if "tangent" not in name))
+        return estimate(nodes, inputs, outputs)
+
+    monkeypatch.setattr(memory, "estimate_peak_memory", spy)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 8))
+    slim = transformed(model, mode="inductor", preset="balanced", always_open=["^0"], freeze_rate=1.0)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        run(slim, {"input": torch.randn(32, 64)})
+    quantised = sum(row.stored for row in slimfit_fx.report(slim).plan.saved if row.form)
+    assert 0 < quantised <= counted[-1] < 1.1 * quantised
