@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import machine
+from run import machine
 from tabulate import tabulate
 from tqdm import tqdm
 
