@@ -44,7 +44,8 @@ class Config:
             for the tensors saved between forward and backward: the layers of the largest scores that fit are open.
         policy: which layers are open next. `"update"`: those whose weights moved most, relative to their size, when
             they were last trained (the paper's inter-layer scheduling); `"overdue"`: those that have missed most: that
-            change times the steps since; `"gradient"`: those whose gradient's norm was
+            change times the steps since; `"gain"`: those whose updates lower the loss most, times the steps since;
+            `"gradient"`: those whose gradient's norm was
             largest, relative to the weights'; `"random"` (LISA); `"cyclic"`: in turn (BAdam); `"static"`: none, only
             biases and what is always open train (BitFit).
         min_open_steps: for how many steps a layer stays open at least.

@@ -7,7 +7,8 @@
     state = policy.learn(state, measured)       when its measurements are there: one step later
 
 What a policy measures of each open layer is in `measures`: `"update"`, the mean relative change of its weights;
-`"gradient"`, the norm of its gradient relative to that of its weights; or nothing.
+`"gradient"`, the norm of its gradient relative to that of its weights; `"gain"`, by how much its update lowered the
+loss, to first order; or nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from dataclasses import dataclass, replace
 _UNSEEN = 1e9
 # Had its first turn, not measured yet.
 _AWAITED = -1.0
+# Of the mean score: an overdue layer that scored nothing when it was last open gets its turn as if it had scored this.
+_LEAST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,14 @@ class Policy:
 
     Attributes:
         rescore: the scores after a step, as far as they need no measurement.
-        measures: `"update"`, `"gradient"` or `""`.
+        measures: `"update"`, `"gradient"`, `"gain"` or `""`.
+        smoothing: the part of a layer's score that stays when it is measured anew.
         overdue: whether a layer's score counts once for each step since it was open.
     """
 
     rescore: Rescore
     measures: str = ""
+    smoothing: float = 0.0
     overdue: bool = False
 
     def init(self, layers: int, seed: int) -> State:
@@ -68,7 +73,12 @@ class Policy:
         """One number per layer; those with the smallest are frozen."""
         if not self.overdue:
             return state.score
-        return tuple(score * (missed + 1) for score, missed in zip(state.score, state.missed, strict=True))
+        known = [score for score in state.score if 0 <= score < _UNSEEN]
+        least = _LEAST_SHARE * sum(known) / len(known) if known else 0.0
+        return tuple(
+            (max(score, least) if score >= 0 else score) * (missed + 1)
+            for score, missed in zip(state.score, state.missed, strict=True)
+        )
 
     def advance(self, state: State, open_gates: Sequence[bool]) -> State:
         """The state after an optimizer step at which `open_gates` trained."""
@@ -84,6 +94,8 @@ class Policy:
         """The state with what was measured at some step; a layer that diverged stays open until it is measured anew."""
         score = list(state.score)
         for layer, value in measured.items():
+            old = score[layer] if 0 <= score[layer] < _UNSEEN else value
+            value = self.smoothing * old + (1 - self.smoothing) * value
             score[layer] = value if math.isfinite(value) else _UNSEEN
         return replace(state, score=tuple(score))
 
@@ -152,6 +164,7 @@ def _stay(state: State, open_gates: Sequence[bool]) -> tuple[float, ...]:
 POLICIES: dict[str, Policy] = {
     "update": Policy(_await, measures="update"),
     "overdue": Policy(_await, measures="update", overdue=True),
+    "gain": Policy(_await, measures="gain", smoothing=0.5, overdue=True),
     "gradient": Policy(_await, measures="gradient"),
     "random": Policy(_shuffle),
     "cyclic": Policy(_queue),

@@ -10,7 +10,7 @@ from slimfit_fx.config import GRANULARITIES, MODES, POLICIES
 configs = st.builds(
     Config,
     freeze_rate=st.floats(0, 1),
-    policy=st.sampled_from(POLICIES),
+    policy=st.sampled_from(list(POLICIES)),
     granularity=st.sampled_from(GRANULARITIES),
     always_open=st.none() | st.lists(st.sampled_from(["head", r"\d+"])).map(tuple),
     never_gate=st.lists(st.sampled_from(["embed", r"norm\."])).map(tuple),
@@ -45,7 +45,10 @@ def test_freeze_rate_out_of_range(rate):
             {"preset": "exakt"},
             "unknown preset 'exakt'; known: 'exact', 'paper', 'balanced', 'tight'. Did you mean 'exact'?",
         ),
-        ({"policy": "lru"}, "unknown policy 'lru'; known: 'update', 'gradient', 'random', 'cyclic', 'static'."),
+        (
+            {"policy": "lru"},
+            "unknown policy 'lru'; known: 'update', 'overdue', 'gain', 'gradient', 'random', 'cyclic', 'static'.",
+        ),
         ({"mode": "triton"}, "unknown mode 'triton'"),
         ({"granularity": "row"}, "unknown granularity 'row'"),
         ({"never_gate": ("(",)}, "never_gate: '(' is not a regular expression"),

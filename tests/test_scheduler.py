@@ -18,7 +18,7 @@ from slimfit_fx.layers import find_layers
 from slimfit_fx.policies import POLICIES, held_open, select
 from slimfit_fx.scheduler import Scheduler
 from slimfit_fx.scheduler.rate import freeze_rate_at
-from slimfit_fx.scheduler.statistics import measure_gradients, measure_updates, relative_updates
+from slimfit_fx.scheduler.statistics import measure_gains, measure_gradients, measure_updates, relative_updates
 
 
 def small_model(width: int = 4, depth: int = 5) -> nn.Module:
@@ -45,14 +45,14 @@ def simulate(policy: str, layers: int, closed: int, steps: int, measure, hold: i
     return chosen
 
 
-@given(st.sampled_from(["update", "overdue", "gradient", "random", "cyclic"]), st.integers(2, 12), st.data())
+@given(st.sampled_from(["update", "overdue", "gain", "gradient", "random", "cyclic"]), st.integers(2, 12), st.data())
 def test_just_the_asked_number_is_closed(policy, layers, data):
     closed = data.draw(st.integers(0, layers))
     for flags in simulate(policy, layers, closed, 10, lambda layer, step: 1 / (1 + layer + step)):
         assert flags.count(False) == closed
 
 
-@given(st.sampled_from(["update", "overdue", "gradient", "cyclic"]), st.integers(2, 12), st.data())
+@given(st.sampled_from(["update", "overdue", "gain", "gradient", "cyclic"]), st.integers(2, 12), st.data())
 def test_every_layer_gets_its_first_turn_before_any_gets_its_second(policy, layers, data):
     """Paper, section 3: distances start huge."""
     opened = data.draw(st.integers(1, layers))
@@ -119,6 +119,18 @@ def test_gradient_norms_relative_to_weights():
     weights, gradients = [torch.tensor([3.0, 4.0]), torch.tensor([0.0])], [torch.tensor([0.0, 10.0]), torch.ones(1)]
     assert measure_gradients([1, 2], gradients, weights, None).read() == {1: pytest.approx(2.0), 2: 0.0}
     assert measure_gradients([1], gradients[:1], weights[:1], torch.tensor(4.0)).read() == {1: pytest.approx(0.5)}
+
+
+def test_gains_are_what_updates_lower_the_loss_by():
+    old, new = [torch.ones(3), torch.ones(2)], [torch.zeros(3), torch.full((2,), 2.0)]
+    gradients = [torch.ones(3), torch.ones(2)]
+    assert measure_gains([4, 6], old, new, gradients, None).read() == {4: 3.0, 6: 0.0}  # the second went uphill
+    assert measure_gains([4, 4], old, new, gradients, torch.tensor(2.0)).read() == {4: 1.5}  # one layer, two tensors
+
+
+def test_a_layer_that_gained_nothing_at_first_is_not_forgotten():
+    chosen = simulate("gain", 4, closed=3, steps=500, measure=lambda layer, step: 0.0 if step < 6 else 1.0)
+    assert all(sum(flags[layer] for flags in chosen[100:]) > 50 for layer in range(4))
 
 
 def test_a_layer_that_diverges_stays_open():

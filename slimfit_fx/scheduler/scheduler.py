@@ -24,7 +24,7 @@ from .budget import check_budget, choose_open
 from .catch_up import catch_up_factor, fade_momentum, lengthen
 from .closed_states import ClosedStates, state_bytes
 from .rate import freeze_rate_at
-from .statistics import Measurement, may_skip, measure_gradients, measure_updates
+from .statistics import Measurement, may_skip, measure_gains, measure_gradients, measure_updates
 
 _STATE_VERSION = 2
 _HISTORY = 10_000
@@ -146,10 +146,15 @@ class Scheduler:
         self._stepped = True
         if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
             self._measuring += may_skip(found_inf)
-        if self._measures("update"):
+        if self._measures("update") or self._measures("gain"):
             for parameters in _by_device(self._before):
                 layers, old = [owned[p] for p in parameters], [self._before[p] for p in parameters]
-                self._measuring += measure_updates(layers, old, parameters)
+                if self._measures("update"):
+                    self._measuring += measure_updates(layers, old, parameters)
+                else:
+                    gradients = [p.grad for p in parameters if p.grad is not None]
+                    scale = getattr(optimizer, "grad_scale", None)
+                    self._measuring += measure_gains(layers, old, parameters, gradients, scale)
         for parameter, old in self._before.items():
             if (factor := self._catch_up(owned[parameter])) != 1:
                 lengthen(parameter, old, factor)
@@ -243,7 +248,7 @@ class Scheduler:
 
     def _compares(self, layer: int) -> bool:
         """Whether the weights of an open layer are needed from before the step."""
-        return self._measures("update") or self._catch_up(layer) != 1
+        return self._measures("update") or self._measures("gain") or self._catch_up(layer) != 1
 
     def _catch_up(self, layer: int) -> float:
         return catch_up_factor(self._state.missed[layer], self._config.catch_up)

@@ -126,6 +126,27 @@ def measure_gradients(
     return Measurement((Part(tuple(layers), gradient, weight),), arrived=arrived + later, root=True)
 
 
+@torch.no_grad()
+def measure_gains(
+    layers: Sequence[int],
+    old: Sequence[Tensor],
+    new: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    scale: Tensor | None,
+) -> Measurement:
+    """By how much the updates of layers lowered the loss, to first order: the sum of gradient * (old - new).
+
+    An update against the gradient, of momentum or weight decay, counts as none. `scale` is a gradient scaler's, if the
+    gradients still have it.
+    """
+    # tensor by tensor, so that only one difference is alive; fp16 products would vanish
+    rows = zip(old, new, gradients, strict=True)
+    gains = [((before - after).float() * gradient).sum() for before, after, gradient in rows]
+    total, arrived = _to_host(torch.stack(gains).clamp(min=0) / (1.0 if scale is None else scale))
+    once = tuple(float(layer not in layers[:place]) for place, layer in enumerate(layers))
+    return Measurement((Part(tuple(layers), total, once),), arrived=arrived)
+
+
 def may_skip(found_inf: Tensor) -> Measurement:
     """Of a step that a gradient scaler leaves to the optimizer: nothing counts if the flag is not zero."""
     flag, arrived = _to_host(found_inf.detach().reshape(()))
