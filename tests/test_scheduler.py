@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import math
 import weakref
 
 import pytest
@@ -18,7 +19,7 @@ from slimfit_fx.layers import find_layers
 from slimfit_fx.policies import POLICIES, held_open, select
 from slimfit_fx.scheduler import Scheduler
 from slimfit_fx.scheduler.rate import freeze_rate_at
-from slimfit_fx.scheduler.statistics import measure_gains, measure_gradients, measure_updates, relative_updates
+from slimfit_fx.scheduler.statistics import measure_gains, measure_gradients, measure_updates, relative_updates, sample
 
 
 def small_model(width: int = 4, depth: int = 5) -> nn.Module:
@@ -123,9 +124,21 @@ def test_gradient_norms_relative_to_weights():
 
 def test_gains_are_what_updates_lower_the_loss_by():
     old, new = [torch.ones(3), torch.ones(2)], [torch.zeros(3), torch.full((2,), 2.0)]
-    gradients = [torch.ones(3), torch.ones(2)]
-    assert measure_gains([4, 6], old, new, gradients, None).read() == {4: 3.0, 6: 0.0}  # the second went uphill
-    assert measure_gains([4, 4], old, new, gradients, torch.tensor(2.0)).read() == {4: 1.5}  # one layer, two tensors
+    for tensor in new:
+        tensor.grad = torch.ones_like(tensor)
+    assert measure_gains([4, 6], old, new, None).read() == {4: 3.0, 6: 0.0}  # the second went uphill
+    assert measure_gains([4, 4], old, new, torch.tensor(2.0)).read() == {4: 1.5}  # one layer, two tensors
+
+
+@given(st.lists(st.integers(1, 700), min_size=1, max_size=2), st.booleans())
+def test_a_sample_is_spread_over_rows_and_columns(shape, transpose):
+    tensor = torch.arange(math.prod(shape)).reshape(shape)
+    found = sample(tensor.mT if transpose and len(shape) == 2 else tensor)
+    assert len(found) <= 2**16
+    assert len(found.unique()) == len(found) >= min(tensor.numel(), 2**15)
+    if len(shape) == 2 and min(shape) > 1:
+        assert len(set((found // shape[1]).tolist())) == shape[0]
+        assert len(set((found % shape[1]).tolist())) == shape[1]
 
 
 def test_a_layer_that_gained_nothing_at_first_is_not_forgotten():

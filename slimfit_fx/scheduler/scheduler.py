@@ -24,7 +24,7 @@ from .budget import check_budget, choose_open
 from .catch_up import catch_up_factor, fade_momentum, lengthen
 from .closed_states import ClosedStates, state_bytes
 from .rate import freeze_rate_at
-from .statistics import Measurement, may_skip, measure_gains, measure_gradients, measure_updates
+from .statistics import Measurement, may_skip, measure_gains, measure_gradients, measure_updates, sample
 
 _STATE_VERSION = 2
 _HISTORY = 10_000
@@ -68,7 +68,8 @@ class Scheduler:
         self._state = self._policy.init(len(layers), config.seed)
         self._closed_states = ClosedStates(config.closed_state, config.closed_state_after)
         self._agreement = Agreement()
-        self._before: dict[nn.Parameter, Tensor] = {}
+        self._before: dict[nn.Parameter, Tensor] = {}  # the weights of open layers, for as long as an optimizer steps
+        self._sampled: dict[nn.Parameter, Tensor] = {}
         self._measuring = Measurement()  # at the step that is under way
         self._measured: Measurement | Mapping[int, float] = {}  # at the step before, not yet learnt
         self._trained: set[int] = set()  # layers that were open there
@@ -116,7 +117,7 @@ class Scheduler:
         self._agreement.check(self._state.step, self.gates.table.tolist())
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Makes sure that a closed layer does not move, and remembers the weights of the open ones."""
+        """Makes sure that a closed layer does not move, and remembers weights of the open ones."""
         owned = self._owned(optimizer)
         if not owned:
             return
@@ -130,7 +131,8 @@ class Scheduler:
         self._closed_states.before_step(optimizer, trained)
         if self._config.decay_moments:
             fade_momentum(optimizer, {parameter: self._state.missed[layer] for parameter, layer in trained.items()})
-        self._before = {p: p.detach().clone() for p, layer in trained.items() if self._compares(layer)}
+        self._before = {p: p.detach().clone() for p, layer in trained.items() if self._catch_up(layer) != 1}
+        self._sampled = {p: sample(p).clone() for p in trained} if self._compares else {}
         if self._measures("gradient"):
             for parameters in _by_device(trained):
                 layers = [trained[p] for p in parameters]
@@ -146,19 +148,17 @@ class Scheduler:
         self._stepped = True
         if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
             self._measuring += may_skip(found_inf)
-        if self._measures("update") or self._measures("gain"):
-            for parameters in _by_device(self._before):
-                layers, old = [owned[p] for p in parameters], [self._before[p] for p in parameters]
-                if self._measures("update"):
-                    self._measuring += measure_updates(layers, old, parameters)
-                else:
-                    gradients = [p.grad for p in parameters if p.grad is not None]
-                    scale = getattr(optimizer, "grad_scale", None)
-                    self._measuring += measure_gains(layers, old, parameters, gradients, scale)
+        for parameters in _by_device(self._sampled):
+            layers, old = [owned[p] for p in parameters], [self._sampled[p] for p in parameters]
+            if self._measures("update"):
+                self._measuring += measure_updates(layers, old, [sample(p) for p in parameters])
+            else:
+                self._measuring += measure_gains(layers, old, parameters, getattr(optimizer, "grad_scale", None))
         for parameter, old in self._before.items():
             if (factor := self._catch_up(owned[parameter])) != 1:
                 lengthen(parameter, old, factor)
         self._before.clear()
+        self._sampled.clear()
         flags = self.gates.table.tolist()
         closed = {p: self._state.missed[layer] + 1 for p, layer in owned.items() if not flags[layer]}
         self._closed_states.after_step(optimizer, closed)
@@ -246,9 +246,10 @@ class Scheduler:
         freezes = self._config.memory_budget is not None or self._config.freeze_rate > 0
         return freezes and self._policy.measures == what
 
-    def _compares(self, layer: int) -> bool:
-        """Whether the weights of an open layer are needed from before the step."""
-        return self._measures("update") or self._measures("gain") or self._catch_up(layer) != 1
+    @property
+    def _compares(self) -> bool:
+        """Whether weights are compared with what they were before the step."""
+        return self._measures("update") or self._measures("gain")
 
     def _catch_up(self, layer: int) -> float:
         return catch_up_factor(self._state.missed[layer], self._config.catch_up)

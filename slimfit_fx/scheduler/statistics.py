@@ -1,6 +1,7 @@
 """What is measured of layers around an optimizer step: a few multi-tensor kernels, and no synchronisation.
 
-The results are read one step later. By then a copy to the host, started right away, has long arrived.
+Updates are measured on a sample of each tensor, so that nothing large is copied. The results are read one step later.
+By then a copy to the host, started right away, has long arrived.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -8,15 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
 
 # Added to squares of weights: an element that was zero, or nearly, counts as unmoved.
 _TINY = 1e-30
+# Elements of a tensor that stand for all of them.
+_SAMPLE = 1 << 16
 # Elements whose temporary copies are alive together.
 _CHUNK = 1 << 24
 _CPU_CHUNK = 1 << 14  # they stay in its cache
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """A view of at most 65,536 elements, evenly spread over rows and columns; all of them if there are no more."""
+    flat = tensor.detach().reshape(-1)
+    stride = -(-flat.numel() // _SAMPLE)
+    while stride > 1 and gcd(stride, tensor.shape[-1]) > 1:
+        stride += 1  # or it would meet the same columns in every row
+    return flat[::stride]
 
 
 @torch.no_grad()
@@ -111,7 +124,7 @@ class Measurement:
 
 
 def measure_updates(layers: Sequence[int], old: Sequence[Tensor], new: Sequence[Tensor]) -> Measurement:
-    """The mean relative change of layers, whose tensors are of one device."""
+    """The mean relative change of layers, whose tensors are of one device, from the same samples before and after."""
     sums, arrived = _to_host(relative_updates(old, new))
     return Measurement((Part(tuple(layers), sums, tuple(float(t.numel()) for t in new)),), arrived=arrived)
 
@@ -128,20 +141,18 @@ def measure_gradients(
 
 @torch.no_grad()
 def measure_gains(
-    layers: Sequence[int],
-    old: Sequence[Tensor],
-    new: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    scale: Tensor | None,
+    layers: Sequence[int], old: Sequence[Tensor], parameters: Sequence[Tensor], scale: Tensor | None
 ) -> Measurement:
     """By how much the updates of layers lowered the loss, to first order: the sum of gradient * (old - new).
 
-    An update against the gradient, of momentum or weight decay, counts as none. `scale` is a gradient scaler's, if the
-    gradients still have it.
+    An update against the gradient, of momentum or weight decay, counts as none. `old` are samples from before the
+    step; `scale` is a gradient scaler's, if the gradients still have it.
     """
-    # tensor by tensor, so that only one difference is alive; fp16 products would vanish
-    rows = zip(old, new, gradients, strict=True)
-    gains = [((before - after).float() * gradient).sum() for before, after, gradient in rows]
+    gains = []
+    for before, parameter in zip(old, parameters, strict=True):
+        assert parameter.grad is not None
+        moved = (before - sample(parameter)).float()  # fp16 products would vanish
+        gains.append((moved * sample(parameter.grad)).sum() * (parameter.numel() / before.numel()))
     total, arrived = _to_host(torch.stack(gains).clamp(min=0) / (1.0 if scale is None else scale))
     once = tuple(float(layer not in layers[:place]) for place, layer in enumerate(layers))
     return Measurement((Part(tuple(layers), total, once),), arrived=arrived)
