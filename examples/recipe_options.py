@@ -17,18 +17,7 @@ def parse(arguments: list[str] | None, description: str | None) -> argparse.Name
     parser.add_argument("recipe", help=f"one of {', '.join(recipe_names())}, or the path of a .json file")
     parser.add_argument("--data", type=Path, default=None, help="a local folder instead of the hub")
     parser.add_argument("--model", default=None, help="another name or folder for from_pretrained")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--baseline", action="store_true", help="plain torch.compile, every layer trains")
-    which.add_argument("--eager-baseline", action="store_true", help="no compiler, every layer trains")
-    parser.add_argument("--preset", default="balanced")
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        type=training.option,
-        help="any other field of slimfit_fx.Config, for example freeze_rate=0; may be repeated",
-    )
+    training.add_method_options(parser)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="instead of the recipe's epochs")

@@ -25,10 +25,7 @@ ToInputs = Callable[[list[Tensor]], dict[str, Tensor]]
 def parser(description: str | None, epochs: int, learning_rate: float, baseline_learning_rate: float):
     """The options of every example; the learning rates are the ones tuned for the two kinds of run."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = options.add_mutually_exclusive_group()
-    which.add_argument("--baseline", action="store_true", help="plain torch.compile, every layer trains")
-    which.add_argument("--eager-baseline", action="store_true", help="no compiler, every layer trains")
-    options.add_argument("--preset", default="balanced")
+    add_method_options(options)
     options.add_argument("--freeze-rate", type=float, default=0.9)
     options.add_argument("--policy", default="update")
     options.add_argument("--mode", default="inductor", choices=["inductor", "eager"])
@@ -37,14 +34,6 @@ def parser(description: str | None, epochs: int, learning_rate: float, baseline_
         type=float,
         default=None,
         help=f"default: {learning_rate:g}, for the baselines {baseline_learning_rate:g}",
-    )
-    options.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        type=option,
-        help="any other field of slimfit_fx.Config, for example catch_up=0.5; may be repeated",
     )
     options.add_argument("--plot", type=Path, default=None, help="save pictures of the run in this folder")
     options.add_argument("--epochs", type=int, default=epochs)
@@ -55,6 +44,22 @@ def parser(description: str | None, epochs: int, learning_rate: float, baseline_
     options.add_argument("--json", default=None, help="append the result to this file")
     options.set_defaults(learning_rates=(learning_rate, baseline_learning_rate))
     return options
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """How the model is trained: with slimfit_fx and which of its options, or without."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--baseline", action="store_true", help="plain torch.compile, every layer trains")
+    which.add_argument("--eager-baseline", action="store_true", help="no compiler, every layer trains")
+    parser.add_argument("--preset", default="balanced")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        type=option,
+        help="any other field of slimfit_fx.Config, for example catch_up=0.5; may be repeated",
+    )
 
 
 def option(text: str) -> tuple[str, Any]:

@@ -20,7 +20,6 @@ _TINY = 1e-30
 _SAMPLE = 1 << 16
 # Elements whose temporary copies are alive together.
 _CHUNK = 1 << 24
-_CPU_CHUNK = 1 << 14  # they stay in its cache
 
 
 def sample(tensor: Tensor) -> Tensor:
@@ -35,15 +34,7 @@ def sample(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def relative_updates(old: Sequence[Tensor], new: Sequence[Tensor]) -> Tensor:
     """Sums over the elements of each tensor of |new - old| / |old| (paper, section 3), float32 [tensors]."""
-    if new[0].device.type == "cpu":
-        return torch.stack([_relative_update(before, after) for before, after in zip(old, new, strict=True)])
     return torch.stack([total for start, end in _chunks(new) for total in _totals(old[start:end], new[start:end])])
-
-
-def _relative_update(before: Tensor, after: Tensor) -> Tensor:
-    """Of one tensor, in pieces."""
-    pieces = zip(before.reshape(-1).split(_CPU_CHUNK), after.reshape(-1).split(_CPU_CHUNK), strict=True)
-    return torch.stack([_totals([old], [new])[0] for old, new in pieces]).sum()
 
 
 def _totals(old: Sequence[Tensor], new: Sequence[Tensor]) -> Sequence[Tensor]:
