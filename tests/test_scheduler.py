@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -131,11 +131,13 @@ def test_gains_are_what_updates_lower_the_loss_by():
 
 
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=2), st.booleans())
+@example([150, 438], transpose=False)
+@example([420, 420], transpose=True)
 def test_a_sample_is_spread_over_rows_and_columns(shape, transpose):
     tensor = torch.arange(math.prod(shape)).reshape(shape)
     found = sample(tensor.mT if transpose and len(shape) == 2 else tensor)
     assert len(found) <= 2**16
-    assert len(found.unique()) == len(found) >= min(tensor.numel(), 2**15)
+    assert len(found.unique()) == len(found) >= (2**12 if tensor.numel() > 2**16 else tensor.numel())
     if len(shape) == 2 and min(shape) > 1:
         assert len(set((found // shape[1]).tolist())) == shape[0]
         assert len(set((found % shape[1]).tolist())) == shape[1]

@@ -23,11 +23,15 @@ _CHUNK = 1 << 24
 
 
 def sample(tensor: Tensor) -> Tensor:
-    """A view of at most 65,536 elements, evenly spread over rows and columns; all of them if there are no more."""
+    """A view of at most 65,536 elements, evenly spread over rows and columns; all of them if there are no more.
+
+    Of a larger tensor, 4,096 at least for rows of up to 30,000 elements: the stride and a row's length have no common
+    divisor, or every row would be met at the same columns.
+    """
     flat = tensor.detach().reshape(-1)
     stride = -(-flat.numel() // _SAMPLE)
     while stride > 1 and gcd(stride, tensor.shape[-1]) > 1:
-        stride += 1  # or it would meet the same columns in every row
+        stride += 1
     return flat[::stride]
 
 
