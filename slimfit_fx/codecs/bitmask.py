@@ -27,7 +27,7 @@ class BitMask(Codec):
         return (pack(grouped(x.to(torch.float32), RUN, 8), 1),)
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return ungrouped(unpack(parts[0], 1) > 0.5, shape, RUN, 8).to(dtype)
+        return ungrouped(unpack(parts[0], 1, dtype), shape, RUN, 8)
 
     def error_bound(self, x: Tensor) -> Tensor:
         return torch.zeros(x.shape, dtype=torch.float64)

@@ -56,30 +56,31 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Sums of float are exact here, and vectorise where shifts of bytes do not.
     """
     per = 8 // bits
-    if per > 1:
-        lanes = codes.unflatten(-1, (per, codes.shape[-1] // per))
-        codes = lanes.select(-2, 0)
-        for lane in range(1, per):
-            codes = codes + lanes.select(-2, lane) * float(1 << (bits * lane))
-    return codes.to(torch.uint8)
+    if per == 1:
+        return codes.to(torch.uint8)
+    lanes = codes.unflatten(-1, (per, codes.shape[-1] // per))
+    # powers of two from their exponent bits: one term of a sum instead of one expression a lane
+    powers = (_lanes(per, codes.device) * (bits << 23) + (127 << 23)).view(torch.float32)
+    return (lanes * powers).sum(-2).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The inverse of `pack`, in floating point.
+    """The inverse of `pack`.
 
     Pointwise in the result's place: generated code inlines it into whatever reads the tensor. (A concatenation of
     lanes would be a kernel a lane, into a buffer of full size.)
     """
-    values = packed.to(dtype)
     per = 8 // bits
     if per == 1:
-        return values
-    lane = torch.arange(per, device=packed.device).unsqueeze(-1)
-    shift = torch.ones((per, 1), dtype=dtype, device=packed.device)
-    for index in range(1, per):
-        shift = torch.where(lane == index, 0.5 ** (bits * index), shift)
-    values = (values.unsqueeze(-2) * shift).floor()
-    return (values - (values * 0.5**bits).floor() * float(1 << bits)).flatten(-2)
+        return packed.to(dtype)
+    values = packed.to(torch.int32).unsqueeze(-2)
+    values = values.bitwise_right_shift(_lanes(per, packed.device) * bits)  # `>>` has no symbolic sizes (torch 2.13)
+    return (values & ((1 << bits) - 1)).to(dtype).flatten(-2)
+
+
+def _lanes(per: int, device: torch.device) -> Tensor:
+    """The number of each code of a byte, int32 [per, 1]."""
+    return torch.arange(per, dtype=torch.int32, device=device).unsqueeze(-1)
 
 
 def _rows(shape: Sequence[int]) -> tuple[list[int], int]:
