@@ -55,7 +55,7 @@ class Quantize(Codec):
         values = self._grouped(x)
         if self.symmetric:
             step = self._step(values.abs().amax(-1, keepdim=True), x.dtype)
-            return self._round(values / step + self._levels, values), step
+            return self._round(values / step, values), step
         # halves, so that the difference of two huge numbers stays finite
         half = values * 0.5
         low = half.amin(-1, keepdim=True)
@@ -64,8 +64,11 @@ class Quantize(Codec):
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         codes, step, *low = parts
-        values = unpack(codes, self.bits, step.dtype)
-        values = (values - self._levels) * step if self.symmetric else (values * step + low[0]) * 2.0
+        values = codes.to(step.dtype) if self._signed else unpack(codes, self.bits, step.dtype)
+        if self.symmetric:
+            values = (values if self._signed else values - self._levels) * step
+        else:
+            values = (values * step + low[0]) * 2.0
         return ungrouped(values, shape, self.group, self._multiple).to(dtype)
 
     def error_bound(self, x: Tensor) -> Tensor:
@@ -84,6 +87,11 @@ class Quantize(Codec):
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
     @property
+    def _signed(self) -> bool:
+        """Whether steps are stored as int8; otherwise they are counted from 0 and packed."""
+        return self.symmetric and self.bits == 8
+
+    @property
     def _multiple(self) -> int:
         return 8 // self.bits
 
@@ -94,10 +102,15 @@ class Quantize(Codec):
         step = (extent * (1.0 / self._levels)).clamp(min=smallest(dtype))
         return step + step * 0.0  # NaN if it is infinite: zeros of the group would otherwise survive alone
 
-    def _round(self, codes: Tensor, values: Tensor) -> Tensor:
-        codes = (codes + _noise(values, self.seed)).floor() if self.stochastic else codes.round()
-        largest = 2 * self._levels if self.symmetric else self._levels
-        return pack(codes.clamp(0, largest), self.bits)
+    def _round(self, steps: Tensor, values: Tensor) -> Tensor:
+        if self.stochastic:
+            lowest = -self._levels if self.symmetric else 0
+            steps = (steps + _noise(values, self.seed)).floor().clamp(lowest, self._levels)
+        else:
+            steps = steps.round()  # the largest element is `_levels` steps away, up to rounding errors
+        if self._signed:
+            return steps.to(torch.int8)
+        return pack(steps + self._levels if self.symmetric else steps, self.bits)
 
 
 @dataclass(frozen=True)
