@@ -68,20 +68,29 @@ def cells(suite: Mapping[str, Any]) -> Iterator[Cell]:
 
 
 def measured(cell: Cell) -> dict[str, Any]:
-    """What measure.py prints for the cell, with the first step of a second process that finds the code in the cache;
-    its last words if it fails."""
-    command = [sys.executable, str(HERE / "measure.py"), *flags(cell)]
+    """What measure.py prints for the cell, with the first step of a second process that finds the code in the cache."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, **ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": cache}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines() or [f"killed, exit status {done.returncode}"]
-            return {"error": lines[-1][:300]}
-        again = subprocess.run([*command, "--steps", "0"], env=environment, capture_output=True, text=True)
-    figures = json.loads(done.stdout.splitlines()[-1])
-    if again.returncode == 0:
-        figures["warm_first_step_seconds"] = json.loads(again.stdout.splitlines()[-1])["first_step_seconds"]
+        figures = measured_once(cell, cache)
+        again = {} if "error" in figures else measured_once({**cell, "steps": 0}, cache)
+    if "first_step_seconds" in again:
+        figures["warm_first_step_seconds"] = again["first_step_seconds"]
     return figures
+
+
+def measured_once(cell: Cell, cache: str) -> dict[str, Any]:
+    """What measure.py prints for the cell, in a process of its own; `error` is its last words if it fails.
+
+    Args:
+        cell: as in a suite.
+        cache: the folder in which Inductor looks for compiled code, and leaves it.
+    """
+    command = [sys.executable, str(HERE / "measure.py"), *flags(cell)]
+    environment = {**os.environ, **ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": cache}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"killed, exit status {done.returncode}"]
+        return {"error": lines[-1][:300]}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def flags(cell: Cell) -> list[str]:

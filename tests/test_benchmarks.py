@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
@@ -14,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 import accuracy  # noqa: E402
+import largest_batch  # noqa: E402
 import measure  # noqa: E402
 import methods  # noqa: E402
 import models  # noqa: E402
@@ -140,3 +143,18 @@ def test_an_accuracy_run(tiny_bert):
     result = accuracy.trained(wanted, arguments)
     assert 0 <= result["test_accuracy"] <= 1
     assert result["steps"] == 3
+
+
+@given(st.integers(0, 5000), st.integers(1, 300), st.integers(1, 10**6), st.integers(1, 64), st.booleans())
+def test_the_largest_batch_is_found(base, slope, limit, start, dies):
+    """For an even growth, whether a batch that is too large is measured or dies."""
+    tried = {}
+
+    def peak(batch):
+        total = base + slope * batch
+        return None if dies and total > limit else total
+
+    found = largest_batch.largest_batch(peak, limit, start, tried)
+    answer = max(0, limit - base) // slope
+    assert found <= answer <= found + max(1, found // 50)
+    assert len(tried) <= 25
