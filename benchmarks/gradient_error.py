@@ -1,6 +1,7 @@
 """The gradient error of every codec in every role, on real weights and sentences: what presets are chosen from.
 
     python benchmarks/gradient_error.py --out benchmarks/results/gradient-error-minilm.json
+    python benchmarks/gradient_error.py --only tight --out benchmarks/results/gradient-error-minilm.json
     python benchmarks/gradient_error.py --show benchmarks/results/gradient-error-minilm.json
 
 One batch, all layers open, dropout on; the codec is applied to one role, everything else is exact. Errors are those of
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -58,7 +60,8 @@ CANDIDATES: dict[str, list[Codec]] = {
 }
 
 
-def measure(batch: int, length: int) -> list[dict[str, Any]]:
+def measure(batch: int, length: int, only: str = "") -> list[dict[str, Any]]:
+    """A row for each preset, and for each role with each codec; of those whose name matches the expression `only`."""
     model, inputs = pretrained(batch, length)
     exact, _ = sample_gradients(model, Config(preset="exact"), inputs)
     configs = [(name, "", Config(preset=name)) for name in PRESETS]
@@ -67,11 +70,15 @@ def measure(batch: int, length: int) -> list[dict[str, Any]]:
         for role, codecs in CANDIDATES.items()
         for codec in codecs
     ]
-    # eight bits for the operands that the softmax is computed from again
-    recomputed = {"softmax output": Recompute(None), "attention operand": Quantize(8, 128)}
-    configs.append(("softmax output", "recomputed from int8", Config(preset="exact", codecs=recomputed)))
+    # eight bits for what a role is computed from again: the softmax from its operands, those from a norm's input
+    for role, source, codec in (
+        ("softmax output", "attention operand", Quantize(8, 128)),
+        ("attention operand", "norm input", Quantize(8, 64, symmetric=False)),
+    ):
+        recomputed = {role: Recompute(None), source: codec}
+        configs.append((role, f"recomputed from the {source} in int8", Config(preset="exact", codecs=recomputed)))
     rows = []
-    for role, codec, config in tqdm(configs, unit="codec"):
+    for role, codec, config in tqdm([each for each in configs if re.search(only, " ".join(each[:2]))], unit="codec"):
         torch._dynamo.reset()
         found, plan = sample_gradients(model, config, inputs)
         stored = [row for row in plan.saved if not codec or row.role == role]
@@ -120,12 +127,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=48)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", default="", help="an expression: measure these again, and keep the others of --out")
     parser.add_argument("--show", type=Path, help="print the table of a result that is there already")
     options = parser.parse_args()
     if options.show:
         print(table(json.loads(options.show.read_text())))
         return
-    result = {"machine": machine(), "rows": measure(options.batch, options.length)}
+    result = {"machine": machine(), "rows": measure(options.batch, options.length, options.only)}
+    if options.only and options.out:
+        measured = {(row["role"], row["codec"]) for row in result["rows"]}
+        before = json.loads(options.out.read_text())["rows"]
+        result["rows"] += [row for row in before if (row["role"], row["codec"]) not in measured]
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))

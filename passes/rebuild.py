@@ -4,8 +4,8 @@ A linear layer's input is often a pointwise function of a tensor that is saved a
 a norm's affine image of the normalised value, a view of anything. It is computed again in the backward, right before
 it is used. One storage is thereby saved once, whatever views of it the backward takes.
 
-Tensors whose codec is `Recompute` may also go through matrix products of activations and reductions: the softmax of
-attention, from query and key.
+Tensors whose codec is `Recompute` may also go through matrix products and reductions: the softmax of attention, from
+query and key, and those from the input of their linear layers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _RESHAPES = frozenset(
     }
 )
 _CREATIONS = frozenset({aten.full.default, aten.scalar_tensor.default, torch.ops.prims.iota.default})
-_PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default})
+_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
 _REDUCTIONS = frozenset({aten.amax.default, aten.sum.dim_IntList, aten.any.dim, aten.logical_not.default})
 # A rebuilt tensor should cost about one fused kernel.
 _LONGEST = 40
