@@ -221,6 +221,21 @@ def test_decoded_tensors_are_not_alive_together():
     assert min(decoded) > second
 
 
+def test_query_key_and_value_are_computed_again():
+    """From the norm whose output their linear layers read."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), Block(nn.GELU()))
+    inputs, found = {"input": torch.randn(4, 32, 64)}, []
+    for codec in (None, Recompute(otherwise=None)):
+        slim = transformed(model, preset="exact", codecs={"attention operand": codec}, freeze_rate=0.0)
+        _, gradients = run(slim, inputs)
+        rows = [row for row in slimfit_fx.report(slim).rows if row["role"] == "attention operand"]
+        found.append((sum(row["bytes_stored"] for row in rows), gradients))
+    (kept, expected), (stored, gradients) = found
+    assert kept >= 3 * 4 * 32 * 64 * 4 > stored == 0
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
 def test_one_storage_is_stored_once():
     """Query, key and value as slices of one projection, each taken by the backward in two forms."""
 
