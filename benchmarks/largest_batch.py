@@ -3,7 +3,8 @@
     python benchmarks/largest_batch.py compile balanced --memory 2GiB --model minilm --out batches.json
 
 Every batch is measured in a process of its own. The peak grows evenly with the batch, so the next one to try is read
-off a line through the last two; the search ends when the smallest batch that is too large is within 2% of the answer.
+off a line through the two nearest to the limit; the search ends when the smallest batch that is too large is within 2%
+of the answer.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--optimizer", choices=measure.OPTIMIZERS, default="adamw")
     parser.add_argument("--out", type=Path, default=None, help="where the result goes, as JSON")
     options = parser.parse_args(arguments)
-    limit = slimfit_fx.Config(memory_budget=options.memory).memory_budget
-    assert isinstance(limit, int)
+    limit = slimfit_fx.Config(memory_budget=options.memory).budget
+    assert limit is not None
     setting = {
         name: value for name in ("model", "length", "precision", "optimizer") if (value := getattr(options, name))
     }
@@ -54,9 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(tabulate(rows, ["method", f"largest batch in {options.memory}"], "github"))
 
 
-def largest_batch(
-    peak: Callable[[int], int | None], limit: int, start: int, tried: dict[int, int | None] | None = None
-) -> int:
+def largest_batch(peak: Callable[[int], int | None], limit: int, start: int, tried: dict[int, int | None]) -> int:
     """The largest batch whose peak is at most `limit`, up to 2%; 0 if a batch of one is too large.
 
     Args:
@@ -65,7 +64,6 @@ def largest_batch(
         start: the first batch to try.
         tried: gets every batch tried and its peak.
     """
-    tried = {} if tried is None else tried
     fits, too_large, batch = 0, None, start
     while True:
         tried[batch] = total = peak(batch)

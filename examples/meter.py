@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-_MALLINFO = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
 
 
 class PeakMemory:
@@ -82,16 +82,28 @@ class MemoryTimeline:
 class _MallInfo(ctypes.Structure):
     """glibc's `struct mallinfo2`: bytes, but for three counts."""
 
-    _fields_ = [(name, ctypes.c_size_t) for name in _MALLINFO]
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
 
 
 def _in_use() -> int:
     """Resident bytes, without what glibc (2.33 or newer) holds for small blocks to come."""
+    mallinfo = _mallinfo()
+    return _status("VmRSS") - (mallinfo().fordblks if mallinfo else 0)
+
+
+@functools.cache
+def _mallinfo() -> Callable[[], _MallInfo] | None:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallinfo2"):
-        return _status("VmRSS")
+        return None
     libc.mallinfo2.restype = _MallInfo
-    return _status("VmRSS") - libc.mallinfo2().fordblks
+    return libc.mallinfo2
 
 
 def _status(key: str) -> int:

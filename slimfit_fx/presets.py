@@ -34,6 +34,19 @@ _NORM8 = Quantize(8, group=64, symmetric=False)
 _DERIVATIVE4 = FixedPoint(4, step=1.26 / 15, low=-0.13)
 _FIXED8 = FixedPoint(8, 1 / 16, -8.0)
 
+_BALANCED: Mapping[str, Codec] = {
+    "linear input": _INT8,
+    "feed-forward input": _INT8,
+    "activation input": _INT8,
+    "activation output": _INT8,
+    "softmax output": Recompute(otherwise=_INT8),
+    "attention operand": _INT8,
+    "norm input": _NORM8,
+    "convolution input": _INT8,
+    "dropout mask": BitMask(),
+    "other": _INT8,
+}
+
 PRESETS = {
     "exact": Preset(),
     # SlimFit, section 4: every tensor as published, nothing rebuilt
@@ -47,32 +60,15 @@ PRESETS = {
         },
         rebuild=False,
     ),
-    "balanced": Preset(
-        {
-            "linear input": _INT8,
-            "feed-forward input": _INT8,
-            "activation input": _INT8,
-            "activation output": _INT8,
-            "softmax output": Recompute(otherwise=_INT8),
-            "attention operand": _INT8,
-            "norm input": _NORM8,
-            "convolution input": _INT8,
-            "dropout mask": BitMask(),
-            "other": _INT8,
-        }
-    ),
+    "balanced": Preset(_BALANCED),
     "tight": Preset(
         {
+            **_BALANCED,
             "linear input": _INT4,
             "feed-forward input": _INT4,
             "activation input": Derivative(_DERIVATIVE4, otherwise=_INT4),
-            "activation output": _INT8,
-            "softmax output": Recompute(otherwise=_INT8),
             "attention operand": Recompute(otherwise=_INT8),
-            "norm input": _NORM8,
             "convolution input": _INT4,
-            "dropout mask": BitMask(),
-            "other": _INT8,
         }
     ),
 }

@@ -64,11 +64,9 @@ class Quantize(Codec):
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         codes, step, *low = parts
-        values = codes.to(step.dtype) if self._signed else unpack(codes, self.bits, step.dtype)
-        if self.symmetric:
-            values = (values if self._signed else values - self._levels) * step
-        else:
-            values = (values * step + low[0]) * 2.0
+        values = self._unpacked(codes, step.dtype) * step
+        if low:
+            values = (values + low[0]) * 2.0
         return ungrouped(values, shape, self.group, self._multiple).to(dtype)
 
     def error_bound(self, x: Tensor) -> Tensor:
@@ -108,9 +106,20 @@ class Quantize(Codec):
             steps = (steps + _noise(values, self.seed)).floor().clamp(lowest, self._levels)
         else:
             steps = steps.round()  # the largest element is `_levels` steps away, up to rounding errors
+        return self._packed(steps)
+
+    def _packed(self, steps: Tensor) -> Tensor:
+        """Whole steps as they are stored: int8, or counted from 0 and packed."""
         if self._signed:
             return steps.to(torch.int8)
         return pack(steps + self._levels if self.symmetric else steps, self.bits)
+
+    def _unpacked(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of `_packed`."""
+        if self._signed:
+            return codes.to(dtype)
+        steps = unpack(codes, self.bits, dtype)
+        return steps - self._levels if self.symmetric else steps
 
 
 @dataclass(frozen=True)

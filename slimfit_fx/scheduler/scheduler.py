@@ -132,7 +132,8 @@ class Scheduler:
         if self._config.decay_moments:
             fade_momentum(optimizer, {parameter: self._state.missed[layer] for parameter, layer in trained.items()})
         self._before = {p: p.detach().clone() for p, layer in trained.items() if self._catch_up(layer) != 1}
-        self._sampled = {p: sample(p).clone() for p in trained} if self._compares else {}
+        compares = self._measures("update") or self._measures("gain")
+        self._sampled = {p: sample(p).clone() for p in trained} if compares else {}
         if self._measures("gradient"):
             for parameters in _by_device(trained):
                 layers = [trained[p] for p in parameters]
@@ -245,11 +246,6 @@ class Scheduler:
     def _measures(self, what: str) -> bool:
         freezes = self._config.memory_budget is not None or self._config.freeze_rate > 0
         return freezes and self._policy.measures == what
-
-    @property
-    def _compares(self) -> bool:
-        """Whether weights are compared with what they were before the step."""
-        return self._measures("update") or self._measures("gain")
 
     def _catch_up(self, layer: int) -> float:
         return catch_up_factor(self._state.missed[layer], self._config.catch_up)
