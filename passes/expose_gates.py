@@ -1,4 +1,4 @@
-"""Makes the gate table an input of the captured graph."""
+"""Makes the gates an input of the captured graph."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "compil
 _SOURCE = "_dynamo_source"
 
 
-def expose_gates(module: fx.GraphModule, inputs: Sequence[Any], table: Tensor) -> tuple[fx.GraphModule, list[Any]]:
-    """A copy of Dynamo's graph and its example inputs with one more input, the last: the gate table, bool [layers].
+def expose_gates(module: fx.GraphModule, inputs: Sequence[Any], count: int) -> tuple[fx.GraphModule, list[Any]]:
+    """A copy of Dynamo's graph and its example inputs with one more input, the last: `count` gates, bool [count].
 
     Nothing reads it yet; `gate_dynamic` does. The copy is needed because Dynamo goes on using the graph that it
     handed over. AOTAutograd wants to know the source of every input: a constant one makes no guard. The example is a
-    fake tensor of static size, so that the number of layers does not become a symbol.
+    fake tensor of static size, so that the number of gates does not become a symbol.
     """
     copied = fx.GraphModule(module, copy.deepcopy(module.graph))
     copied.meta = dict(module.meta)
@@ -34,23 +34,23 @@ def expose_gates(module: fx.GraphModule, inputs: Sequence[Any], table: Tensor) -
         if hasattr(old, _SOURCE):
             setattr(new, _SOURCE, getattr(old, _SOURCE))
 
-    fake_table = _fake(table, inputs)
+    fake_gates = _fake(count, inputs)
     first = next(iter(copied.graph.nodes))
     with copied.graph.inserting_after(placeholders[-1]) if placeholders else copied.graph.inserting_before(first):
         gates = copied.graph.placeholder("slimfit_gates")
-    gates.meta["example_value"] = fake_table
+    gates.meta["example_value"] = fake_gates
     setattr(gates, _SOURCE, ConstantSource("slimfit_gates"))
     copied.recompile()
-    return copied, [*inputs, fake_table]
+    return copied, [*inputs, fake_gates]
 
 
 def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
     return module.graph.find_nodes(op="placeholder")
 
 
-def _fake(table: Tensor, inputs: Sequence[Any]) -> Tensor:
+def _fake(count: int, inputs: Sequence[Any]) -> Tensor:
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None else detect_fake_mode(list(inputs))
     if mode is None:
         mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
-    return mode.from_tensor(table, static_shapes=True)
+    return mode.from_tensor(torch.ones(count, dtype=torch.bool), static_shapes=True)

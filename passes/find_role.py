@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from slimfit_fx.graph import aten, base_of, hint, is_pointwise, readers
-from slimfit_fx.roles import BORROWED, GATES
+from slimfit_fx.roles import BORROWED
 
 _ops = torch.ops.slimfit_fx
 
@@ -65,8 +65,6 @@ def find_role(produced: fx.Node, taken: fx.Node) -> str:
     base, value = base_of(produced), produced.meta["val"]
     if base.op == "placeholder":
         return BORROWED
-    if base.target is _ops.snapshot.default:
-        return GATES
     if base.target is _ops.keep.default:
         return _linear_role(base)
     if value.dtype is torch.bool:

@@ -6,8 +6,8 @@ the gates say, and saves just those: a normalised activation, say, and not its a
 A linear layer's weight gradient is one matrix product, in whatever form the layer was called: 2-D or 3-D, with and
 without bias, under autocast, with dynamic shapes. It becomes
 
-    forward:   kept = keep(x, gates, layers)                        x [n, k], or [0, k] when all its layers are closed
-    backward:  weight_gradient(gradient, kept, gates, layer)        [m, k], or [0, k] when the layer is closed
+    forward:   kept = keep(x, gates, needed_by)                     x [n, k], or [0, k] when all its layers are closed
+    backward:  weight_gradient(gradient, kept, gates, gate)         [m, k], or [0, k] when the layer is closed
 
 where one `kept` serves all layers that x feeds. If the backward reads x for another reason (attention's backward reads
 its own output), then x is static, and the product reads it directly. An embedding's gradient, rows summed by index, is
@@ -17,14 +17,14 @@ when their gate is closed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 from torch._functorch.partitioners import must_recompute
 
-from slimfit_fx.graph import CONVERSIONS, JointGraph, aten, base_of, readers
+from slimfit_fx.graph import CONVERSIONS, JointGraph, aten, base_of, next_of, readers
 from slimfit_fx.plan import GatedGradient
 
 _ops = torch.ops.slimfit_fx
@@ -36,58 +36,51 @@ class _LinearGradient:
     """A weight gradient of the form `transpose?(convert?(product))`, product = mm(a, b)."""
 
     position: int
-    layer: int
+    gate: int
     product: fx.Node
     activation: fx.Node
     transposed: bool
     dtype: torch.dtype
 
 
-def gate_dynamic(joint: JointGraph, layers: Mapping[int, int]) -> list[GatedGradient]:
+def gate_dynamic(joint: JointGraph, gated: Sequence[int]) -> list[GatedGradient]:
     """Rewrites the gradients of gated parameters.
 
     Args:
-        joint: its last input is the gate table.
-        layers: the layer of each gated input, by the input's position.
+        joint: its last input is the gates, in the order of `gated`.
+        gated: the positions of the inputs that have a gate.
 
     Returns:
         What became of each gradient, in the order of the inputs.
     """
     gradients = joint.gradients()
-    gated = {position: layer for position, layer in layers.items() if position in gradients}
-    if not gated:
-        return []
-    inputs = joint.inputs
-    gates = inputs[max(inputs)]
-    first = joint.graph.find_nodes(op="placeholder")[-1].next
-    snapshot = joint.insert(_ops.snapshot.default, (gates,), before=first, origin=gates)
-    joint.add_output(snapshot)
-
+    gate_of = {position: gate for gate, position in enumerate(gated) if position in gradients}
+    gates = joint.gates
     backward = joint.backward_nodes()
     linear = {}
-    for position, layer in gated.items():
-        match = _match(position, layer, gradients[position], backward)
+    for position, gate in gate_of.items():
+        match = _match(position, gate, gradients[position], backward)
         if match is not None:
             linear[position] = match
-    kept = _keep_activations(joint, snapshot, list(linear.values()), backward)
+    kept = _keep_activations(joint, gates, list(linear.values()), backward)
 
     results = []
-    for position, layer in gated.items():
+    for position, gate in gate_of.items():
         gradient, conditional = gradients[position], True
         if position in linear:
-            new = _insert_weight_gradient(joint, snapshot, linear[position], kept)
+            new = _insert_weight_gradient(joint, gates, linear[position], kept)
         elif (total := _embedding_sum(gradient)) is not None:
-            new = _insert_embedding_gradient(joint, snapshot, layer, total, gradient.meta["val"].dtype)
+            new = _insert_embedding_gradient(joint, gates, gate, total, gradient.meta["val"].dtype)
         else:
-            new, conditional = _insert_pass_gradient(joint, snapshot, layer, gradient), False
-        results.append(GatedGradient(joint.set_gradient(position, new), layer, conditional))
+            new, conditional = _insert_pass_gradient(joint, gates, gate, gradient), False
+        results.append(GatedGradient(joint.set_gradient(position, new), gate, conditional))
     joint.graph.eliminate_dead_code()
     joint.graph.lint()
     joint.module.recompile()
     return results
 
 
-def _match(position: int, layer: int, gradient: fx.Node, backward: set[fx.Node]) -> _LinearGradient | None:
+def _match(position: int, gate: int, gradient: fx.Node, backward: set[fx.Node]) -> _LinearGradient | None:
     """Reads `gradient` as a linear layer's weight gradient, if it is one and nothing else uses it."""
     node, transposed = gradient, False
     while node.target in _TRANSPOSES or node.target in CONVERSIONS:
@@ -103,7 +96,7 @@ def _match(position: int, layer: int, gradient: fx.Node, backward: set[fx.Node])
     activation = second if first in backward else first
     return _LinearGradient(
         position,
-        layer,
+        gate,
         product=node,
         activation=activation,  # type: ignore[arg-type]
         transposed=transposed,
@@ -113,28 +106,29 @@ def _match(position: int, layer: int, gradient: fx.Node, backward: set[fx.Node])
 
 def _keep_activations(
     joint: JointGraph,
-    snapshot: fx.Node,
+    gates: fx.Node,
     matches: list[_LinearGradient],
     backward: set[fx.Node],
 ) -> dict[fx.Node, fx.Node]:
     """Inserts one `keep` for every activation that only matched products read in the backward."""
     products = {match.product for match in matches}
-    layers: dict[fx.Node, set[int]] = {}
+    readers_of: dict[fx.Node, set[int]] = {}
     for match in matches:
-        layers.setdefault(_rows(match), set()).add(match.layer)
+        readers_of.setdefault(_rows(match), set()).add(match.gate)
 
     kept = {}
     results = set(joint.outputs)
-    for activation, needed_by in layers.items():
+    held = {node for position, node in joint.inputs.items() if position not in joint.activations}
+    for activation, needed_by in readers_of.items():
         base = base_of(activation)
         other = any(reader in backward and reader not in products for reader in readers(activation))
-        given = base.op == "placeholder" or base in results or activation in results
+        given = base in held or base in results or activation in results
         if other or given or must_recompute(base):
             continue
         kept[activation] = joint.insert(
             _ops.keep.default,
-            (activation, snapshot, sorted(needed_by)),
-            before=activation.next,
+            (activation, gates, sorted(needed_by)),
+            before=next_of(activation),
             origin=activation,
         )
     for node in kept.values():
@@ -143,7 +137,7 @@ def _keep_activations(
 
 
 def _insert_weight_gradient(
-    joint: JointGraph, snapshot: fx.Node, match: _LinearGradient, kept: Mapping[fx.Node, fx.Node]
+    joint: JointGraph, gates: fx.Node, match: _LinearGradient, kept: Mapping[fx.Node, fx.Node]
 ) -> fx.Node:
     product = match.product
     first, second = product.args
@@ -152,7 +146,7 @@ def _insert_weight_gradient(
     if rows is not match.activation:
         operand = joint.insert(aten.permute.default, (operand, [1, 0]), before=product, origin=product)
     operands = (operand, second) if match.activation is first else (first, operand)
-    arguments = (*operands, snapshot, match.layer, match.dtype)
+    arguments = (*operands, gates, match.gate, match.dtype)
     new = joint.insert(_ops.weight_gradient.default, arguments, before=product, origin=product)
     if match.transposed:
         new = joint.insert(aten.permute.default, (new, [1, 0]), before=product, origin=product)
@@ -172,17 +166,17 @@ def _embedding_sum(gradient: fx.Node) -> fx.Node | None:
 
 
 def _insert_embedding_gradient(
-    joint: JointGraph, snapshot: fx.Node, layer: int, total: fx.Node, dtype: torch.dtype
+    joint: JointGraph, gates: fx.Node, gate: int, total: fx.Node, dtype: torch.dtype
 ) -> fx.Node:
     zeros, mask, (indices,), rows = total.args  # type: ignore[misc]
     count = zeros.args[0][0]  # type: ignore[union-attr, index]
-    arguments = (rows, indices, mask, count, snapshot, layer, dtype)
+    arguments = (rows, indices, mask, count, gates, gate, dtype)
     return joint.insert(_ops.embedding_gradient.default, arguments, before=total, origin=total)
 
 
-def _insert_pass_gradient(joint: JointGraph, snapshot: fx.Node, layer: int, gradient: fx.Node) -> fx.Node:
-    before = snapshot.next if gradient.op == "placeholder" else gradient.next
-    return joint.insert(_ops.pass_gradient.default, (gradient, snapshot, layer), before=before, origin=gradient)
+def _insert_pass_gradient(joint: JointGraph, gates: fx.Node, gate: int, gradient: fx.Node) -> fx.Node:
+    arguments = (gradient, gates, gate)
+    return joint.insert(_ops.pass_gradient.default, arguments, before=next_of(gradient), origin=gradient)
 
 
 def _rows(match: _LinearGradient) -> fx.Node:

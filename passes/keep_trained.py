@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from slimfit_fx.codecs import WhenFrozen
-from slimfit_fx.graph import VIEWS, aten, bytes_of, call, hint, is_pointwise
+from slimfit_fx.graph import VIEWS, aten, bytes_of, call, hint, insertion_behind, is_pointwise
 from slimfit_fx.plan import Plan, SavedTensor
 from slimfit_fx.split_graph import SplitGraph
 
@@ -27,48 +27,44 @@ def keep_trained(split: SplitGraph, plan: Plan) -> None:
         if row is None or not isinstance(row.codec, WhenFrozen):
             continue
         row.codec = row.codec.codec
-        layer = None if row.borrowed or row.dynamic else _trained_by(taken)
-        if layer is not None:
-            _keep_beside(split, plan, row, produced, taken, layer)
+        gate = None if row.borrowed or row.dynamic else _trained_by(taken)
+        if gate is not None:
+            _keep_beside(split, plan, row, produced, taken, gate)
 
 
 def _trained_by(taken: fx.Node) -> int | None:
-    """The layer of the nearest gated gradient that is a sum over something pointwise of `taken`."""
+    """The gate of the nearest gated gradient that is a sum over something pointwise of `taken`."""
     pending, seen = deque(taken.users), set(taken.users)
     while pending:
         node = pending.popleft()
-        if node.target is aten.sum.dim_IntList and (layer := _layer_of(node)) is not None:
-            return layer
+        if node.target is aten.sum.dim_IntList and (gate := _gate_of(node)) is not None:
+            return gate
         if is_pointwise(node) or node.target in VIEWS:
             pending.extend(user for user in node.users if user not in seen)
             seen.update(node.users)
     return None
 
 
-def _layer_of(total: fx.Node) -> int | None:
-    """The layer whose gradient `total` is, up to its shape and dtype."""
+def _gate_of(total: fx.Node) -> int | None:
+    """The gate of the layer whose gradient `total` is, up to its shape and dtype."""
     for user in total.users:
         if user.target is _ops.pass_gradient.default:
             return user.args[2]  # type: ignore[return-value]
         if (user.target in VIEWS or is_pointwise(user)) and len(user.all_input_nodes) == 1:
-            return _layer_of(user)
+            return _gate_of(user)
     return None
 
 
-def _keep_beside(
-    split: SplitGraph, plan: Plan, row: SavedTensor, produced: fx.Node, taken: fx.Node, layer: int
-) -> None:
+def _keep_beside(split: SplitGraph, plan: Plan, row: SavedTensor, produced: fx.Node, taken: fx.Node, gate: int) -> None:
     graph = split.forward.graph
-    (snapshot,) = graph.find_nodes(op="call_function", target=_ops.snapshot.default)
-    behind = max(produced, snapshot, key=list(graph.nodes).index)
-    with graph.inserting_after(behind):
-        kept = call(graph, _ops.keep.default, (produced, snapshot, [layer]), produced)
+    with insertion_behind(produced):
+        kept = call(graph, _ops.keep.default, (produced, split.gates, [gate]), produced)
 
     def prefer(placeholders: list[fx.Node]) -> fx.Node:
         static, whole = placeholders
         row.name = static.name
         rows = hint(produced.meta["val"].shape[0])
-        again = SavedTensor(whole.name, row.module, row.role, row.shape, row.dtype, (layer,), nbytes=0, rows=rows)
+        again = SavedTensor(whole.name, row.module, row.role, row.shape, row.dtype, (gate,), nbytes=0, rows=rows)
         again.store(bytes_of(kept, rows))
         plan.saved.insert(plan.saved.index(row) + 1, again)
         with split.insertion():

@@ -11,6 +11,7 @@ from torch import fx
 from slimfit_fx.graph import base_of, hint, is_tensor, storage_bytes, storage_of
 from slimfit_fx.plan import GatedGradient, Plan, SavedTensor
 from slimfit_fx.presets import CodecRules
+from slimfit_fx.roles import GATES
 from slimfit_fx.split_graph import SplitGraph
 
 from .find_role import find_role
@@ -30,7 +31,7 @@ def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: Code
     inputs = {
         storage_of(node)
         for position, node in split.inputs().items()
-        if is_tensor(node) and position not in split.activations
+        if is_tensor(node) and position not in split.activations and node is not split.gates
     }
     counted = set(inputs)
     plan = Plan(gradients=list(gradients))
@@ -43,14 +44,14 @@ def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: Code
             SavedTensor(
                 name=taken.name,
                 module=module_of(produced),
-                role=find_role(produced, taken),
+                role=GATES if produced is split.gates else find_role(produced, taken),
                 shape=tuple(int(size) if str(size).isdigit() else str(size) for size in value.shape),
                 dtype=str(value.dtype).removeprefix("torch."),
-                layers=tuple(kept.args[2]) if kept else (),  # type: ignore[arg-type]
+                gates=tuple(kept.args[2]) if kept else (),  # type: ignore[arg-type]
                 nbytes=0 if storage in counted else storage_bytes(produced, rows),
                 borrowed=storage in inputs,
                 rows=rows,
-                rebuildable=rules.rebuild,
+                rebuildable=rules.rebuild and produced is not split.gates,
             )
         )
         counted.add(storage)
@@ -61,7 +62,9 @@ def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: Code
 def _choose_codecs(plan: Plan, rules: CodecRules) -> None:
     """Notes the codec of each tensor. What is much smaller than the others keeps its precision unless asked for."""
     choices = [
-        (row, *rules.chosen(row.role, row.module, getattr(torch, row.dtype))) for row in plan.saved if not row.borrowed
+        (row, *rules.chosen(row.role, row.module, getattr(torch, row.dtype)))
+        for row in plan.saved
+        if not row.borrowed and row.role != GATES
     ]
     largest = max((row.nbytes for row, _, codec in choices if codec is not None), default=0)
     for row, asked, codec in choices:
@@ -83,4 +86,4 @@ def module_of(node: fx.Node) -> str:
     path, _ = list(stack.values())[-1]
     path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
     path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
-    return re.sub(r"^(L\.)?(self|model)\b", "", path).strip(".")
+    return re.sub(r"^(L\.)?(self|model|module)\b", "", path).strip(".")

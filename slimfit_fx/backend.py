@@ -1,6 +1,6 @@
 """From the graph that Dynamo captured to the compiled pair: the passes, in order.
 
-expose_gates     the gate table becomes an input
+expose_gates     the gates become an input
 AOTAutograd      traces the joint graph
 gate_dynamic     conditional activations and weight gradients
 partition        min-cut into forward and backward
@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor, fx
+from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -43,7 +43,6 @@ from slimfit_fx.passes import (
 )
 
 from . import ops as ops
-from .config import Config
 from .errors import BackendError, SlimFitError
 from .graph import JointGraph
 from .peak_estimate import true_input_sizes
@@ -66,7 +65,7 @@ class Capture:
     """One captured graph: what is gated in it, and what the passes made of it.
 
     Attributes:
-        layers: the layer of each gated parameter, by its position among the inputs of the captured graph.
+        gated: positions of the gated parameters among the inputs of the captured graph, each with a gate of its own.
         activations: positions of inputs that an earlier graph of the same forward made (after a graph break).
         retainable: whether `backward(retain_graph=True)` works; otherwise the backward reuses the memory of saved
             tensors ("donated buffers").
@@ -74,7 +73,7 @@ class Capture:
         plan: of `split`.
     """
 
-    layers: Mapping[int, int]
+    gated: tuple[int, ...]
     activations: frozenset[int] = frozenset()
     retainable: bool = False
     split: SplitGraph | None = None
@@ -82,18 +81,18 @@ class Capture:
 
 
 def compile_capture(
-    module: fx.GraphModule, inputs: Sequence[Any], capture: Capture, gates: Tensor, config: Config
+    module: fx.GraphModule, inputs: Sequence[Any], capture: Capture, rules: CodecRules, mode: str
 ) -> Callable[..., Any]:
-    """Compiles a graph from Dynamo; the result takes the graph's inputs and the gate table behind them.
+    """Compiles a graph from Dynamo; the result takes the graph's inputs and, behind them, its gates.
 
     Raises:
         BackendError: whatever went wrong, as its cause. Dynamo would answer some exceptions with an eager run.
     """
     try:
-        exposed, example_inputs = expose_gates(module, inputs, gates)
-        partitioner = _Partitioner(capture, CodecRules(config.preset, config.codecs))
-        capture.retainable = config.mode == "eager" or not functorch_config.donated_buffer
-        compiler = _interpret if config.mode == "eager" else _inductor
+        exposed, example_inputs = expose_gates(module, inputs, len(capture.gated))
+        partitioner = _Partitioner(capture, rules)
+        capture.retainable = mode == "eager" or not functorch_config.donated_buffer
+        compiler = _interpret if mode == "eager" else _inductor
         # AOTAutograd's own cache would skip the passes, and with them plan and report. Inductor's cache of generated
         # code stays on: its key is the rewritten graph itself.
         with functorch_config.patch(enable_autograd_cache=False, donated_buffer=not capture.retainable):
@@ -115,7 +114,7 @@ class _Partitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         joint = JointGraph.copy_of(gm, options.pop("num_fwd_outputs"), self.capture.activations)
-        gradients = gate_dynamic(joint, self.capture.layers)
+        gradients = gate_dynamic(joint, self.capture.gated)
         split = partition(joint, joint_inputs, **options)
         plan = make_plan(split, gradients, self.rules)
         for split_pass in SPLIT_PASSES:
@@ -136,7 +135,7 @@ class _Partitioner(CustomPartitionerFn):
     def uuid(self) -> str:
         """What the code depends on: the passes and their sources, the gated inputs, the codecs."""
         names = [f"{split_pass.__module__}.{split_pass.__qualname__}" for split_pass in SPLIT_PASSES]
-        return f"slimfit_fx {_source_hash()} {names} {sorted(self.capture.layers.items())} {self.rules}"
+        return f"slimfit_fx {_source_hash()} {names} {self.capture.gated} {self.rules}"
 
 
 def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Partitioner) -> Callable[..., Any]:

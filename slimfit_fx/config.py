@@ -21,6 +21,7 @@ RATE_SCHEDULES = ("constant", "linear", "cosine")
 CLOSED_STATES = ("device", "host", "none")
 GRANULARITIES = ("parameter", "module", "block")
 MODES = ("inductor", "eager")
+REGIONS = ("model", "blocks")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Config:
         always_open: regular expressions, searched in parameter names, of layers that are trained at every step.
             `None` is the classification head.
         never_gate: regular expressions of parameters that get no gate at all.
+        regions: what one graph covers: the whole `"model"`, or its `"blocks"`: repeated blocks are compiled once,
+            whatever the depth, and everything else module by module (regional compilation). What the model's own
+            forward computes between modules, such as the loss, then runs operator by operator, and stays exact.
         mode: `"inductor"` generates code; `"eager"` runs the rewritten graphs operator by operator (compiles in
             seconds, for tests and debugging).
         seed: of the order of the first turn and of random policies.
@@ -80,6 +84,7 @@ class Config:
     granularity: str = "parameter"
     always_open: tuple[str, ...] | None = None
     never_gate: tuple[str, ...] = ()
+    regions: str = "model"
     mode: str = "inductor"
     seed: int = 0
 
@@ -89,6 +94,7 @@ class Config:
         choose("policy", self.policy, POLICIES)
         choose("granularity", self.granularity, GRANULARITIES)
         choose("mode", self.mode, MODES)
+        choose("regions", self.regions, REGIONS)
         choose("rate_schedule", self.rate_schedule, RATE_SCHEDULES)
         choose("closed_state", self.closed_state, CLOSED_STATES)
         _share("freeze_rate", self.freeze_rate, "the part of the layers frozen at each step")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from .config import Config
-from .errors import BackendError
+from .errors import BackendError, ConfigError
 from .transform import session_of, start_session
 
 
@@ -22,10 +22,18 @@ def compile_graph(
 
     Raises:
         BackendError: what is compiled is a function, not a module.
+        ConfigError: the options ask for regions, which are transform's to make.
     """
     model = _module_being_compiled()
-    session = session_of(model) or start_session(model, Config().replace(**(options or {})))
-    return session.compile(module, inputs)
+    session = session_of(model) or start_session(model, _config(options or {}))
+    return session.compile(module, inputs, delimits=True)
+
+
+def _config(options: Mapping[str, Any]) -> Config:
+    config = Config().replace(**options)
+    if config.regions != "model":
+        raise ConfigError("regions='blocks' needs slimfit_fx.transform(model): torch.compile makes one region")
+    return config
 
 
 def _module_being_compiled() -> nn.Module:

@@ -10,7 +10,7 @@ from .errors import StateError
 
 
 class Gates(MutableMapping[str, bool]):
-    """A mapping from layer name to gate over one small CPU bool tensor, which compiled graphs take as an input.
+    """A mapping from layer name to gate, over one bool per layer. Compiled graphs take what `read` returns as an input.
 
     Every gate starts open. Setting a gate never recompiles; a forward that already ran keeps the gates that it saw.
 
@@ -61,6 +61,11 @@ class Gates(MutableMapping[str, bool]):
         for position in positions:
             flags[position] = True
         self.set_flags(flags)
+
+    def read(self, layers: Sequence[int | None]) -> torch.Tensor:
+        """The gates of `layers` as they are now, by position, in a CPU bool tensor of its own; None reads as open."""
+        flags = self.table.tolist()
+        return torch.tensor([layer is None or flags[layer] for layer in layers], dtype=torch.bool)
 
     def set_flags(self, flags: Sequence[bool]) -> None:
         """Sets all gates, in the order of `names`."""

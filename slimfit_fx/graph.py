@@ -81,6 +81,11 @@ class JointGraph:
         return inputs_of(self.graph)
 
     @property
+    def gates(self) -> fx.Node:
+        """The last input."""
+        return gates_of(self.graph)
+
+    @property
     def outputs(self) -> list[Any]:
         """What the model returns (and what is kept for the backward, so far)."""
         return self._results()[: self.num_outputs + self.extra_outputs]
@@ -147,10 +152,14 @@ def call(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], ori
     return node
 
 
+def next_of(node: fx.Node) -> fx.Node:
+    """In front of which nodes that read `node` can be added: right behind it, but behind all of the graph's inputs."""
+    return (node.graph.find_nodes(op="placeholder")[-1] if node.op == "placeholder" else node).next
+
+
 def insertion_behind(node: fx.Node) -> Any:
-    """Where nodes that read `node` can be added: right behind it, but behind all of the graph's inputs."""
-    behind = node.graph.find_nodes(op="placeholder")[-1] if node.op == "placeholder" else node
-    return node.graph.inserting_before(behind.next)
+    """Where nodes that read `node` are added: see `next_of`."""
+    return node.graph.inserting_before(next_of(node))
 
 
 def fake_result(node: fx.Node) -> Any:
@@ -235,6 +244,12 @@ def inputs_of(graph: fx.Graph) -> dict[int, fx.Node]:
     """The primals of a graph by their position in the captured graph, whatever AOTAutograd did to their order."""
     primals = [node for node in graph.find_nodes(op="placeholder") if node.name.startswith("primals")]
     return {getattr(node.meta.get("desc"), "idx", order): node for order, node in enumerate(primals)}
+
+
+def gates_of(graph: fx.Graph) -> fx.Node:
+    """The input that `expose_gates` added behind the others."""
+    inputs = inputs_of(graph)
+    return inputs[max(inputs)]
 
 
 def is_tensor(node: Any) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .config import Config
 from .errors import ConfigError, ModelError
+from .regions import find_regions
 from .roles import ROLES
 
 # What a classifier is called in models that do not say themselves where their head is.
@@ -30,7 +31,8 @@ class Layer:
 def find_layers(model: nn.Module, config: Config) -> list[Layer]:
     """The layers of `model` in the order of its parameters (paper, section 3: weights and norm weights).
 
-    Biases and other vectors have no gate: their gradients need no saved activation.
+    Biases and other vectors have no gate: their gradients need no saved activation. Nor has what lies outside of all
+    regions and so is in no graph, such as a class token with `regions="blocks"`.
 
     Raises:
         ModelError: nothing in the model can be frozen.
@@ -38,7 +40,9 @@ def find_layers(model: nn.Module, config: Config) -> list[Layer]:
     """
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     norms = _norm_weights(model)
+    captured = {id(parameter) for region in find_regions(model, config) for parameter in region.module.parameters()}
     excluded = set(_match("never_gate", config.never_gate, trained))
+    excluded |= {name for name, parameter in model.named_parameters() if id(parameter) not in captured}
     gated = [
         name
         for name, parameter in model.named_parameters()

@@ -2,7 +2,7 @@
 
 They are opaque to the code generator on purpose: what they return depends on the gates, which are data. A tensor
 that is not needed has no rows, so one graph serves every set of frozen layers, and neither a recompile nor a device
-synchronisation follows when the set changes. The gate table and its snapshot live on the CPU.
+synchronisation follows when the set changes. The gates, one for each gated input of the graph, live on the CPU.
 """
 
 from __future__ import annotations
@@ -39,27 +39,16 @@ def _unknown_size() -> torch.SymInt:
     return size
 
 
-@_define("snapshot(Tensor gates) -> Tensor")
-def snapshot(gates: Tensor) -> Tensor:
-    """The gates as this forward sees them, for its own backward: the table may change in between."""
-    return gates.clone()
-
-
-@_fake("snapshot")
-def _(gates: Tensor) -> Tensor:
-    return torch.empty_like(gates)
-
-
-@_define("keep(Tensor x, Tensor gates, int[] layers) -> Tensor")
-def keep(x: Tensor, gates: Tensor, layers: list[int]) -> Tensor:
-    """A copy of x [n, ...] for the backward if any of `layers` is open, else [0, ...] of x's dtype and device."""
-    if any(gates[layer] for layer in layers):
+@_define("keep(Tensor x, Tensor gates, int[] needed_by) -> Tensor")
+def keep(x: Tensor, gates: Tensor, needed_by: list[int]) -> Tensor:
+    """A copy of x [n, ...] for the backward if a gate of `needed_by` is open, else [0, ...] of x's dtype and device."""
+    if any(gates[gate] for gate in needed_by):
         return x.clone(memory_format=torch.contiguous_format)
     return x.new_empty((0, *x.shape[1:]))
 
 
 @_fake("keep")
-def _(x: Tensor, gates: Tensor, layers: list[int]) -> Tensor:
+def _(x: Tensor, gates: Tensor, needed_by: list[int]) -> Tensor:
     return x.new_empty((_unknown_size(), *x.shape[1:]))
 
 
@@ -74,29 +63,29 @@ def _(kept: Tensor, otherwise: Tensor) -> Tensor:
     return torch.empty_like(otherwise, memory_format=torch.contiguous_format)
 
 
-@_define("weight_gradient(Tensor a, Tensor b, Tensor gates, int layer, ScalarType dtype) -> Tensor")
-def weight_gradient(a: Tensor, b: Tensor, gates: Tensor, layer: int, dtype: torch.dtype) -> Tensor:
-    """a [m, n] @ b [n, k] in `dtype` if `layer` is open, else [0, k] and no multiplication."""
-    if gates[layer]:
+@_define("weight_gradient(Tensor a, Tensor b, Tensor gates, int gate, ScalarType dtype) -> Tensor")
+def weight_gradient(a: Tensor, b: Tensor, gates: Tensor, gate: int, dtype: torch.dtype) -> Tensor:
+    """a [m, n] @ b [n, k] in `dtype` if `gate` is open, else [0, k] and no multiplication."""
+    if gates[gate]:
         return torch.mm(a, b).to(dtype)
     return b.new_empty((0, b.shape[1]), dtype=dtype)
 
 
 @_fake("weight_gradient")
-def _(a: Tensor, b: Tensor, gates: Tensor, layer: int, dtype: torch.dtype) -> Tensor:
+def _(a: Tensor, b: Tensor, gates: Tensor, gate: int, dtype: torch.dtype) -> Tensor:
     return b.new_empty((_unknown_size(), b.shape[1]), dtype=dtype)
 
 
 @_define(
-    "embedding_gradient(Tensor rows, Tensor indices, Tensor mask, SymInt count, Tensor gates, int layer, "
+    "embedding_gradient(Tensor rows, Tensor indices, Tensor mask, SymInt count, Tensor gates, int gate, "
     "ScalarType dtype) -> Tensor"
 )
 def embedding_gradient(
-    rows: Tensor, indices: Tensor, mask: Tensor, count: int, gates: Tensor, layer: int, dtype: torch.dtype
+    rows: Tensor, indices: Tensor, mask: Tensor, count: int, gates: Tensor, gate: int, dtype: torch.dtype
 ) -> Tensor:
-    """The sums [count, d] in `dtype` of `rows` [..., d] by `indices` [...] where `mask` [..., 1], if `layer` is open,
+    """The sums [count, d] in `dtype` of `rows` [..., d] by `indices` [...] where `mask` [..., 1], if `gate` is open,
     else [0, d]."""
-    if gates[layer]:
+    if gates[gate]:
         sums = rows.new_zeros((count, rows.shape[-1]))
         indices = indices.masked_fill(~mask.squeeze(-1), 0)  # what is masked may be out of range: it adds zeros
         return sums.index_put_((indices,), rows.masked_fill(~mask, 0), accumulate=True).to(dtype)
@@ -104,18 +93,18 @@ def embedding_gradient(
 
 
 @_fake("embedding_gradient")
-def _(rows: Tensor, indices: Tensor, mask: Tensor, count: int, gates: Tensor, layer: int, dtype: torch.dtype) -> Tensor:
+def _(rows: Tensor, indices: Tensor, mask: Tensor, count: int, gates: Tensor, gate: int, dtype: torch.dtype) -> Tensor:
     return rows.new_empty((_unknown_size(), rows.shape[-1]), dtype=dtype)
 
 
-@_define("pass_gradient(Tensor gradient, Tensor gates, int layer) -> Tensor")
-def pass_gradient(gradient: Tensor, gates: Tensor, layer: int) -> Tensor:
-    """A copy of a gradient [n, ...] that was computed whatever the gates say if `layer` is open, else [0, ...]."""
-    return keep(gradient, gates, [layer])
+@_define("pass_gradient(Tensor gradient, Tensor gates, int gate) -> Tensor")
+def pass_gradient(gradient: Tensor, gates: Tensor, gate: int) -> Tensor:
+    """A copy of a gradient [n, ...] that was computed whatever the gates say if `gate` is open, else [0, ...]."""
+    return keep(gradient, gates, [gate])
 
 
 @_fake("pass_gradient")
-def _(gradient: Tensor, gates: Tensor, layer: int) -> Tensor:
+def _(gradient: Tensor, gates: Tensor, gate: int) -> Tensor:
     return gradient.new_empty((_unknown_size(), *gradient.shape[1:]))
 
 

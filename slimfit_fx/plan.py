@@ -6,7 +6,7 @@ Passes fill it in, `report` prints it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .codecs import Codec
 
@@ -21,7 +21,7 @@ class SavedTensor:
         role: what it is to the backward, for example `"linear input"` or `"dropout mask"`.
         shape: as the forward saw it at capture; a dimension of dynamic size is its symbol.
         dtype: as torch names it, for example `"float32"`.
-        layers: the layers whose gates decide whether it is kept; empty for a static tensor.
+        gates: those that decide whether it is kept; empty for a static tensor.
         nbytes: of the storage that stays alive for it, 0 if that is an input, a parameter, or counted in another row.
         borrowed: whether the caller holds its storage anyway: an input, a parameter, or a view of one.
         rows: how many rows a dynamic tensor has when a gate is open.
@@ -37,7 +37,7 @@ class SavedTensor:
     role: str
     shape: tuple[int | str, ...]
     dtype: str
-    layers: tuple[int, ...]
+    gates: tuple[int, ...]
     nbytes: int
     borrowed: bool = False
     rows: int = 0
@@ -54,11 +54,11 @@ class SavedTensor:
     @property
     def dynamic(self) -> bool:
         """Whether only weight gradients of gated layers need it, so that it can be dropped."""
-        return bool(self.layers)
+        return bool(self.gates)
 
     def bytes_at(self, open_gates: Sequence[bool]) -> int:
         """Bytes kept alive by a forward that sees these gates."""
-        if self.dynamic and not any(open_gates[layer] for layer in self.layers):
+        if self.dynamic and not any(open_gates[gate] for gate in self.gates):
             return 0
         return self.stored
 
@@ -74,18 +74,21 @@ class GatedGradient:
 
     Attributes:
         output: its place among the outputs of the backward graph.
-        layer: the layer whose gate it obeys.
+        gate: the one that it obeys.
         conditional: True if a closed gate skips the computation; False if the gradient is computed, then dropped.
     """
 
     output: int
-    layer: int
+    gate: int
     conditional: bool
 
 
 @dataclass
 class Plan:
-    """All saved tensors of one captured graph, in the order in which they are handed over, and its gated gradients."""
+    """All saved tensors of one captured graph, in the order in which they are handed over, and its gated gradients.
+
+    Gates are numbered as in the graph, one for each gated input; `placed` numbers them as in the model's gate table.
+    """
 
     saved: list[SavedTensor] = field(default_factory=list)
     gradients: list[GatedGradient] = field(default_factory=list)
@@ -93,6 +96,25 @@ class Plan:
     def find(self, name: str) -> SavedTensor | None:
         """The tensor that both graphs call `name`; None for an input that a pass added to what is saved."""
         return next((tensor for tensor in self.saved if tensor.name == name), None)
+
+    def placed(self, layers: Sequence[int | None], path: str) -> Plan:
+        """The plan of one run of the graph, in terms of the model.
+
+        Args:
+            layers: the layer behind each gate of the graph; None where there is none: always open.
+            path: of the module that the graph was captured in.
+        """
+
+        def place(tensor: SavedTensor) -> SavedTensor:
+            found = [layers[gate] for gate in tensor.gates]
+            gates = () if None in found else tuple(sorted({layer for layer in found if layer is not None}))
+            return replace(tensor, gates=gates, module=".".join(filter(None, (path, tensor.module))))
+
+        gated = ((gradient, layers[gradient.gate]) for gradient in self.gradients)
+        return Plan(
+            [place(tensor) for tensor in self.saved],
+            [replace(gradient, gate=layer) for gradient, layer in gated if layer is not None],
+        )
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +127,7 @@ class Plan:
 
 
 def merge_plans(plans: Iterable[Plan]) -> Plan:
-    """One plan for a forward that runs several graphs, after a graph break."""
+    """One plan for a forward that runs several graphs: after a graph break, or one a region."""
     plans = list(plans)
     return Plan(
         [tensor for plan in plans for tensor in plan.saved],

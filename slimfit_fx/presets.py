@@ -87,10 +87,12 @@ class CodecRules:
     Attributes:
         preset: a name in `PRESETS`.
         overrides: codec, or None for as it is, by role or by a regular expression that is searched in module paths.
+        path: of the captured module in the model; it goes before the paths of the modules in it.
     """
 
     preset: str
     overrides: Mapping[str, Codec | None]
+    path: str = ""
 
     @property
     def rebuild(self) -> bool:
@@ -99,9 +101,10 @@ class CodecRules:
 
     def chosen(self, role: str, module: str, dtype: torch.dtype) -> tuple[bool, Codec | None]:
         """(whether an override says so, the codec)."""
+        path = ".".join(filter(None, (self.path, module)))
         for key, codec in self.overrides.items():
             applies = role not in _PRECISE and (codec is None or codec.accepts(dtype))
-            if key not in ROLES and applies and re.search(key, module):
+            if key not in ROLES and applies and re.search(key, path):
                 return True, codec
         if role in self.overrides:
             return True, self.overrides[role]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .config import Config
 from .errors import ModelError
 from .gradient_error import GradientError, gradient_errors
-from .plan import Plan, merge_plans
+from .plan import Plan
+from .regions import find_regions
 from .session import Session
 
 
@@ -21,7 +22,7 @@ def probe(
 ) -> dict[str, GradientError]:
     """The error of each gradient under `config`'s codecs, by parameter name, and of all together as `"all"`.
 
-    Both runs have all gates open and the same random state; the interpreter runs the graphs.
+    Both runs have all gates open and the same random state; the interpreter runs the whole model's graph.
     """
     exact, _ = sample_gradients(model, config.replace(preset="exact", codecs={}), sample, loss)
     found, _ = sample_gradients(model, config, sample, loss)
@@ -35,16 +36,17 @@ def sample_gradients(
 
     The interpreter runs the graphs. The model, its gradients and torch's random state stay as they are.
     """
-    session = Session(model, config.replace(mode="eager", freeze_rate=0.0))
+    session = Session(model, config.replace(mode="eager", freeze_rate=0.0, regions="model"))
     with _untouched(model), torch.random.fork_rng(), torch.enable_grad():
         try:
-            run = session.compiled(model)
+            (region,) = find_regions(model, session.config)
+            run = session.compiled(region)
             outputs = run(**sample) if isinstance(sample, Mapping) else run(sample)
             _scalar(outputs, loss).backward()
         finally:
             session.close()
         gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-    return gradients, merge_plans(capture.plan for capture in session.active)
+    return gradients, session.plan
 
 
 def _scalar(outputs: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:

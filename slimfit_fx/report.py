@@ -118,7 +118,7 @@ class Report:
             "shape": list(tensor.shape),
             "dtype": tensor.dtype,
             "kind": "dynamic" if tensor.dynamic else "static",
-            "layers": [self.layers[layer].name for layer in tensor.layers],
+            "layers": [self.layers[layer].name for layer in tensor.gates],
             "stored_as": tensor.form,
             "bytes": tensor.nbytes,
             "bytes_stored": tensor.stored,
@@ -130,7 +130,7 @@ class Report:
         head = [layer.name for layer in self.layers if layer.always_open]
         if head:
             lines.append(f"Always open ({len(head)}): {', '.join(head)}.")
-        dropped = sorted({self.layers[g.layer].name for g in self.plan.gradients if not g.conditional})
+        dropped = sorted({self.layers[g.gate].name for g in self.plan.gradients if not g.conditional})
         if dropped:
             lines.append(f"Computed, then dropped when closed ({len(dropped)}): {', '.join(dropped)}.")
         near, far = self.optimizer_bytes

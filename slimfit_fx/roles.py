@@ -24,6 +24,6 @@ ROLES = {
 # Of the roles that are no floats.
 ROLE_DTYPES = {"dropout mask": torch.bool, "indices": torch.int64}
 
-# Not a choice: the caller holds it anyway, or the passes made it.
+# Not a choice: the caller holds it anyway, or it is the passes' own.
 BORROWED = "input or parameter"
 GATES = "gates"

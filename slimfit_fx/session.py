@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +21,9 @@ from .config import Config
 from .errors import BackwardError
 from .gates import Gates
 from .layers import Layer, check_modules, check_sharding, find_layers
-from .plan import merge_plans
+from .plan import Plan, merge_plans
+from .presets import CodecRules
+from .regions import Region
 from .scheduler import Scheduler
 
 _numbers = itertools.count()
@@ -27,13 +31,33 @@ _numbers = itertools.count()
 _disable: Callable[[Any], Any] = torch.compiler.disable
 
 
+@dataclass(frozen=True)
+class Run:
+    """One call of a captured graph.
+
+    Attributes:
+        layers: the layer behind each gate of the graph; None where there is none.
+        path: of the module that was called.
+    """
+
+    capture: Capture
+    layers: tuple[int | None, ...]
+    path: str
+
+    @property
+    def plan(self) -> Plan:
+        """What this call saves, in terms of the model."""
+        return self.capture.plan.placed(self.layers, self.path)
+
+
 class Session:
     """The state behind `transform(model)`. It holds the model's parameters, but not the model.
 
     Attributes:
         layers: what each gate freezes, in the order of the gate table.
-        captures: one for each graph that was compiled; several after a graph break or a recompile.
-        active: the captures that the last forward ran, in order.
+        captures: one for each graph that was compiled; several with regions, after a graph break or a recompile.
+        active: what the last forward ran, in order.
+        compiled_modules: those whose calls are compiled ones.
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
@@ -44,13 +68,21 @@ class Session:
         self.layers: list[Layer] = find_layers(model, config)
         self.gates = Gates([layer.name for layer in self.layers])
         self.captures: list[Capture] = []
-        self.active: list[Capture] = []
-        self._finished: list[Capture] = []
+        self.active: list[Run] = []
+        self._finished: list[Run] = []
         self.scheduler = Scheduler(self.gates, self.layers, parameters, config)
         self._layer_of = {
             id(parameters[name]): index for index, layer in enumerate(self.layers) for name in layer.parameters
         }
+        self.compiled_modules: WeakSet[nn.Module] = WeakSet()
+        self._functions: dict[Hashable, Callable[..., Any]] = {}
+        self._path = ""  # of the region that is being called
         self._hooks = _listen_to_optimizers(self.scheduler)
+
+    @property
+    def plan(self) -> Plan:
+        """Of what the last forward ran."""
+        return merge_plans(run.plan for run in self.active if run.capture.split is not None)
 
     def close(self) -> None:
         """Stops listening to optimizers and opens all gates."""
@@ -58,59 +90,77 @@ class Session:
         self.gates.set(self.gates.names)
 
     def begin_forward(self) -> None:
-        """The captures that run from now on belong to another forward."""
+        """The graphs that run from now on belong to another forward."""
         if self.active and self.active != self._finished:
             self._finished = self.active
-            self.scheduler.plan = merge_plans(capture.plan for capture in self.active if capture.split is not None)
+            self.scheduler.plan = self.plan
         self.active = []
 
-    def compiled(self, model: nn.Module) -> Callable[..., Any]:
-        """A function that runs `model` with compiled graphs."""
-        return torch.compile(_own_code(model), backend=self.compile)
+    def compiled(self, region: Region) -> Callable[..., Any]:
+        """A function that calls the region's module with compiled graphs, which regions of a kind share."""
+        function = self._functions.get(region.kind)
+        if function is None:
+            function = torch.compile(_own_code(type(region.module).__name__), backend=self.compile)
+            self._functions[region.kind] = function
 
-    def compile(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The torch.compile backend: a graph from Dynamo to a callable on the graph's inputs."""
-        layers = {
-            position: self._layer_of[id(tensor)]
-            for position, tensor in enumerate(inputs)
-            if id(tensor) in self._layer_of
-        }
-        activations = (i for i, tensor in enumerate(inputs) if isinstance(tensor, Tensor) and not tensor.is_leaf)
-        capture = Capture(layers, frozenset(activations))
-        compiled = compile_capture(module, inputs, capture, self.gates.table, self.config)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            outer, self._path = self._path, region.path
+            try:
+                return function(region.module, *args, **kwargs)
+            finally:
+                self._path = outer
+
+        return call
+
+    def compile(self, module: fx.GraphModule, inputs: Sequence[Any], *, delimits: bool = False) -> Callable[..., Any]:
+        """The torch.compile backend: a graph from Dynamo to a callable on the graph's inputs.
+
+        Args:
+            module: the graph.
+            inputs: what it is called with now. Later calls may bring other parameters: those of another block.
+            delimits: whether a call that was there already begins another forward, for want of `begin_forward`.
+        """
+        capture = Capture(
+            gated=tuple(position for position, tensor in enumerate(inputs) if id(tensor) in self._layer_of),
+            activations=frozenset(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x.is_leaf),
+        )
+        rules = CodecRules(self.config.preset, self.config.codecs, self._path)
+        compiled = compile_capture(module, inputs, capture, rules, self.config.mode)
         self.captures.append(capture)
         new = True
 
         def run(*arguments: Any) -> Any:
             nonlocal new
-            if capture in self.active:
+            layers = tuple(self._layer_of.get(id(arguments[position])) for position in capture.gated)
+            current = Run(capture, layers, self._path)
+            if delimits and current in self.active:
                 self.begin_forward()
             self.scheduler.step()
             if not self.active:
                 self.scheduler.compare_ranks()
-            self.active.append(capture)
+            self.active.append(current)
             if new:
-                self.scheduler.check_budget(merge_plans(active.plan for active in self.active))
+                self.scheduler.check_budget(self.plan)
                 new = False
-            outputs = compiled(*arguments, self.gates.table)
+            outputs = compiled(*arguments, self.gates.read(layers))
             _watch_backward(outputs, capture)
             return outputs
 
         return run
 
 
-def _own_code(model: nn.Module) -> FunctionType:
-    """A function that calls the model, with a code object of its own.
+def _own_code(name: str) -> FunctionType:
+    """A function that calls a module, with a code object of its own.
 
     Dynamo keeps compiled graphs, their recompile limit and what it learnt of dynamic shapes by code object. Under the
-    model's own code, which all models of a class share, the ninth model of a sweep would run uncompiled.
+    module's own code, which all modules of a class share, the ninth model of a sweep would run uncompiled.
     """
 
-    def train(*args: Any, **kwargs: Any) -> Any:
-        return model._call_impl(*args, **kwargs)
+    def train(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
 
-    code = train.__code__.replace(co_name=f"train_{type(model).__name__}_{next(_numbers)}")
-    return FunctionType(code, train.__globals__, code.co_name, train.__defaults__, train.__closure__)
+    code = train.__code__.replace(co_name=f"train_{name}_{next(_numbers)}")
+    return FunctionType(code, train.__globals__, code.co_name)
 
 
 def _listen_to_optimizers(scheduler: Scheduler) -> Callable[[], None]:

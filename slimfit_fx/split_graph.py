@@ -19,7 +19,7 @@ from torch import fx
 from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from .graph import VIEWS, fake_result, inputs_of, is_tensor, origin_of
+from .graph import VIEWS, fake_result, gates_of, inputs_of, is_tensor, origin_of
 
 
 @dataclass
@@ -41,6 +41,11 @@ class SplitGraph:
         """The forward's inputs, parameters included, by their position in the captured graph."""
         return inputs_of(self.forward.graph)
 
+    @property
+    def gates(self) -> fx.Node:
+        """The forward's last input."""
+        return gates_of(self.forward.graph)
+
     def saved(self) -> Iterator[tuple[fx.Node, fx.Node]]:
         """Every saved tensor as (node of the forward, placeholder of the backward), in the order of handing over."""
         handed = [node for node in self._handed_over() if is_tensor(node)]
@@ -57,7 +62,7 @@ class SplitGraph:
         """Hands over one more tensor, a node of the forward; returns its placeholder."""
         first = next((taken for _, taken in self.saved()), None)
         if first is None:
-            raise AssertionError("a training graph saves its gates at least")
+            raise AssertionError("the tensor that is replaced is still saved")
         (placeholder,) = self._hand_over(0, first, [node])
         return placeholder
 

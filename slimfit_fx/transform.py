@@ -9,12 +9,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
+from .calls import compile_calls, restore_calls
 from .config import Config
-from .errors import BackendError, ModelError, StateError, VersionError
+from .errors import ModelError, StateError, VersionError
 from .gates import Gates
 from .layers import check_sharding
-from .plan import merge_plans
 from .probe import probe
+from .regions import find_regions
 from .report import Report
 from .scheduler import Scheduler
 from .session import Session
@@ -51,18 +52,21 @@ def transform(model: nn.Module, config: Config | None = None, **overrides: Any) 
         raise ModelError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
     if session_of(model) is not None:
         raise StateError("the model is transformed already; slimfit_fx.undo(model) first to change its config")
-    if model._compiled_call_impl is not None or _original(model) is not model:
+    config = (config or Config()).replace(**overrides)
+    regions = find_regions(model, config)
+    modules = [region.module for region in regions]
+    if _original(model) is not model or any(module._compiled_call_impl for module in (model, *modules)):
         raise StateError("the model is compiled already; transform compiles it itself: pass the plain model")
-    session = start_session(model, (config or Config()).replace(**overrides))
-    model._compiled_call_impl = _dispatcher(model, session)
+    session = start_session(model, config)
+    compile_calls(model, regions, session)
     return model
 
 
 def undo(model: nn.Module) -> nn.Module:
     """Gives back the untouched model, weights as they are now."""
-    _session(model).close()
-    original = _original(model)
-    original._compiled_call_impl = None
+    session, original = _session(model), _original(model)
+    session.close()
+    restore_calls(original, session)
     del _sessions[original]
     return original
 
@@ -92,11 +96,10 @@ def report(model: nn.Module, sample: Any = None, loss: Callable[[Any], Tensor] |
         ModelError: the sample gives no loss.
     """
     session = _session(model)
-    plans = [capture.plan for capture in session.active if capture.split is not None]
-    if not plans:
+    if not any(run.capture.split for run in session.active):
         raise StateError("nothing is captured yet: run one training forward of the model, then ask for the report")
     errors = {} if sample is None else probe(_original(model), session.config, sample, loss)
-    plan, open_gates = merge_plans(plans), session.gates.table.tolist()
+    plan, open_gates = session.plan, session.gates.table.tolist()
     return Report(plan, session.layers, open_gates, errors, session.scheduler.optimizer_bytes())
 
 
@@ -115,28 +118,6 @@ def start_session(model: nn.Module, config: Config) -> Session:
 def session_of(model: nn.Module) -> Session | None:
     """What belongs to a transformed model, compiled wrappers included; None if it is not transformed."""
     return _sessions.get(_original(model))
-
-
-def _dispatcher(model: nn.Module, session: Session) -> Callable[..., Any]:
-    """What a call of the model does: training is compiled, everything else runs untouched."""
-    compiled = session.compiled(model)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not (model.training and torch.is_grad_enabled()):
-            return model._call_impl(*args, **kwargs)
-        if not session.captures:
-            check_sharding(model)
-        session.begin_forward()
-        outputs = compiled(*args, **kwargs)
-        if not session.active:
-            raise BackendError(
-                "the model ran without its compiled graph, so nothing was saved. torch.compile gave up on it: "
-                "usually its recompile limit was hit by inputs that change in more than size. Run with "
-                "TORCH_LOGS=recompiles to see why, pad the inputs, or raise torch._dynamo.config.recompile_limit."
-            )
-        return outputs
-
-    return call
 
 
 def _session(model: nn.Module) -> Session:

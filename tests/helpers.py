@@ -15,30 +15,35 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import slimfit_fx
+from slimfit_fx import Config
+from slimfit_fx.regions import find_regions
 from slimfit_fx.transform import session_of
 
 
-def reference(model: nn.Module, mode: str = "eager") -> nn.Module:
-    """A copy of `model` compiled by the same code generator without the passes."""
+def reference(model: nn.Module, mode: str = "eager", regions: str = "model") -> nn.Module:
+    """A copy of `model` compiled by the same code generator, region by region, without the passes."""
     model = copy.deepcopy(model)
-    if mode == "inductor":
-        model.compile()
-        return model
+    backend = "inductor" if mode == "inductor" else _interpreter()
+    for region in find_regions(model, Config(regions=regions)):
+        call = lambda *args, _module=region.module, **kwargs: _module._call_impl(*args, **kwargs)  # noqa: E731
+        region.module._compiled_call_impl = torch.compile(call, backend=backend)
+    return model
+
+
+def _interpreter() -> Callable[..., Any]:
 
     def boxed(gm, _):
         run = lambda arguments: gm(*arguments)  # noqa: E731
         run._boxed_call = True
         return run
 
-    backend = aot_autograd(
+    return aot_autograd(
         fw_compiler=boxed,
         bw_compiler=boxed,
         inference_compiler=boxed,
         partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
-    model.compile(backend=backend)
-    return model
 
 
 def transformed(model: nn.Module, **config: Any) -> nn.Module:

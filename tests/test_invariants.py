@@ -154,10 +154,10 @@ def test_a_closed_layer_multiplies_nothing(program: Program, data):
     slim, inputs = transformed(program.model(), freeze_rate=0.5), program.inputs()
     outputs = slim(**inputs)
     gates = slimfit_fx.gates(slim)
-    gated = [g for g in session_of(slim).captures[0].plan.gradients if gates.names[g.layer] != "embed.weight"]
+    gated = [g for g in session_of(slim).plan.gradients if gates.names[g.gate] != "embed.weight"]
     choose_gates(data, slim)
     outputs = slim(**inputs)
-    expected = sum(g.conditional and gates.table[g.layer].item() for g in gated)
+    expected = sum(g.conditional and gates.table[g.gate].item() for g in gated)
     with mock.patch("slimfit_fx.ops.torch.mm", wraps=torch.mm) as products:
         loss_of(outputs).backward()
     assert products.call_count == expected

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import timm
 import torch
@@ -74,10 +77,12 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
     return dict(rtol=1e-4, atol=1e-5) if dtype is torch.float32 else dict(rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-def test_forward_gradients_and_bytes(case, autocast):
+@pytest.mark.parametrize(
+    "autocast, regions", [(False, "model"), (True, "model"), (False, "blocks")], ids=["fp32", "autocast", "blocks"]
+)
+def test_forward_gradients_and_bytes(case, autocast, regions):
     model, inputs = case
-    plain, slim = reference(model), transformed(model, freeze_rate=0.5)
+    plain, slim = reference(model, regions=regions), transformed(model, freeze_rate=0.5, regions=regions)
     gates = slimfit_fx.gates(slim)
     close = tolerance(torch.bfloat16 if autocast else torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -93,8 +98,30 @@ def test_forward_gradients_and_bytes(case, autocast):
                     assert found[name] is None, name
                 else:
                     torch.testing.assert_close(found[name], gradient, **close)
-            outputs = slim(**inputs)
-            assert slimfit_fx.report(slim).saved_bytes_after == handed_over(outputs, slim, inputs)
+            with given_to_regions(slim) as tables:
+                outputs = slim(**inputs)
+            held = {**inputs, **dict(enumerate(tables))}
+            assert slimfit_fx.report(slim).saved_bytes_after == handed_over(outputs, slim, held)
+
+
+@contextmanager
+def given_to_regions(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The tensors without a gradient, masks and position tables, that the model hands to its regions inside."""
+    found = []
+
+    def spied(call):
+        def spy(*args, **kwargs):
+            found.extend(tensor for tensor in tensors((args, kwargs)) if tensor.is_leaf)
+            return call(*args, **kwargs)
+
+        return spy
+
+    calls = {module: module._compiled_call_impl for module in session_of(model).compiled_modules}
+    for module, call in calls.items():
+        module._compiled_call_impl = spied(call)
+    yield found
+    for module, call in calls.items():
+        module._compiled_call_impl = call
 
 
 def choices(model: torch.nn.Module) -> list[set[str]]:
@@ -109,7 +136,7 @@ def test_every_linear_layer_is_conditional(case):
     slim = transformed(model)
     slim(**inputs)
     session = session_of(slim)
-    dropped = {session.layers[g.layer].name for g in session.captures[-1].plan.gradients if not g.conditional}
+    dropped = {session.layers[g.gate].name for g in session.plan.gradients if not g.conditional}
     tied = getattr(model.config, "tie_word_embeddings", False) if hasattr(model, "config") else False
     for name, module in slim.named_modules():
         if (

@@ -35,18 +35,10 @@ def test_weight_gradient(gates, layer, dtype):
         assert gradient.shape == (0, 3)
 
 
-def test_the_snapshot_is_a_copy():
-    gates = torch.ones(2, dtype=torch.bool)
-    seen = torch.ops.slimfit_fx.snapshot(gates)
-    gates[0] = False
-    assert seen.tolist() == [True, True]
-
-
 def test_schemas_and_fake_kernels_agree_with_the_kernels():
     gates = torch.tensor([True, False])
     x = torch.randn(4, 3)
     tests = ("test_schema", "test_faketensor")
-    opcheck(torch.ops.slimfit_fx.snapshot.default, (gates,), test_utils=tests)
     for layer in (0, 1):
         opcheck(torch.ops.slimfit_fx.keep.default, (x, gates, [layer]), test_utils=tests)
         opcheck(torch.ops.slimfit_fx.pass_gradient.default, (x, gates, layer), test_utils=tests)

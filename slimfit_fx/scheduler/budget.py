@@ -83,13 +83,13 @@ def find_items(plan: Plan, open_gates: Sequence[bool]) -> list[Item]:
             layer = group[layer]
         return layer
 
-    needed = [t for t in plan.saved if t.dynamic and not any(open_gates[layer] for layer in t.layers)]
+    needed = [t for t in plan.saved if t.dynamic and not any(open_gates[layer] for layer in t.gates)]
     for tensor in needed:
-        for layer in tensor.layers:
-            group[root(layer)] = root(tensor.layers[0])
+        for layer in tensor.gates:
+            group[root(layer)] = root(tensor.gates[0])
     nbytes: dict[int, int] = {}
     for tensor in needed:
-        first = root(tensor.layers[0])
+        first = root(tensor.gates[0])
         nbytes[first] = nbytes.get(first, 0) + tensor.stored
     members: dict[int, list[int]] = {}
     for layer, is_open in enumerate(open_gates):

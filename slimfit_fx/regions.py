@@ -1,0 +1,72 @@
+"""What is captured on its own: the whole model, or its repeated blocks, where each kind of block is compiled once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from .config import Config
+from .roles import ROLES
+
+
+@dataclass(frozen=True)
+class Region:
+    """A module that is captured by itself.
+
+    Attributes:
+        path: of the module in the model, `""` for the model itself.
+        module: whose training calls are compiled.
+        kind: equal for regions that can share graphs. What it leaves out, Dynamo guards.
+    """
+
+    path: str
+    module: nn.Module
+    kind: Hashable
+
+
+def find_regions(model: nn.Module, config: Config) -> list[Region]:
+    """`model` itself, or, with `regions="blocks"`, its repeated blocks and the modules beside them.
+
+    Repeated blocks are the members of a list or sequence of which two at least have the same structure. Of nested
+    ones the outermost count: a layer, not the experts in it. A model without any is one region.
+    """
+    modules = list(_split(model)) if config.regions == "blocks" else [model]
+    paths = {module: path for path, module in model.named_modules()}
+    overrides = [pattern for pattern in config.codecs if pattern not in ROLES]
+
+    def kind(module: nn.Module) -> Hashable:
+        inside = [".".join(filter(None, (paths[module], name))) for name, _ in module.named_modules()]
+        matches = tuple(bool(re.search(pattern, path)) for pattern in overrides for path in inside)
+        return _structure(module), matches
+
+    return [Region(paths[module], module, kind(module)) for module in dict.fromkeys(modules)]
+
+
+def _split(module: nn.Module) -> Iterator[nn.Module]:
+    """Its repeated blocks and the largest modules that have none inside; no module without parameters."""
+    if next(module.parameters(), None) is None:
+        return
+    if not any(map(_repeats, module.modules())):
+        yield module
+    elif _repeats(module):
+        yield from (block for block in module.children() if next(block.parameters(), None) is not None)
+    else:
+        for child in module.children():
+            yield from _split(child)
+
+
+def _repeats(module: nn.Module) -> bool:
+    """Whether `module` is a list or sequence with two blocks, which are no mere layers, of the same structure."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return False
+    blocks = [_structure(child) for child in module if next(child.children(), None) is not None]
+    return len(set(blocks)) < len(blocks)
+
+
+def _structure(module: nn.Module) -> str:
+    """The modules inside with their options, and what trains."""
+    parameters = [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in module.named_parameters()]
+    return f"{module!r} {parameters}"

@@ -1,0 +1,273 @@
+"""Repeated blocks: found, compiled once, gated and compressed each by itself."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+import transformers
+from helpers import gradients, handed_over, loss_of, no_recompile, reference, run, transformed
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import slimfit_fx
+from slimfit_fx import Config
+from slimfit_fx.codecs import Quantize
+from slimfit_fx.regions import find_regions
+from slimfit_fx.transform import session_of
+
+SMALL = dict(hidden_size=32, num_attention_heads=2, intermediate_size=64)
+
+
+def bert(depth: int = 3):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, num_hidden_layers=depth, problem_type="single_label_classification", **SMALL
+    )
+    inputs = {
+        "input_ids": torch.randint(2, 50, (4, 8)),
+        "attention_mask": torch.ones(4, 8, dtype=torch.long),
+        "labels": torch.randint(0, 2, (4,)),
+    }
+    return transformers.BertForSequenceClassification(config).train(), inputs
+
+
+def paths(model: nn.Module) -> list[str]:
+    return [region.path for region in find_regions(model, Config(regions="blocks"))]
+
+
+def kinds(model: nn.Module, **config) -> dict[str, int]:
+    """The regions, numbered by kind."""
+    regions = find_regions(model, Config(regions="blocks", **config))
+    order = list(dict.fromkeys(region.kind for region in regions))
+    return {region.path: order.index(region.kind) for region in regions}
+
+
+def test_bert_is_its_layers_and_what_is_beside_them():
+    assert kinds(bert()[0]) == {
+        "bert.embeddings": 0,
+        "bert.encoder.layer.0": 1,
+        "bert.encoder.layer.1": 1,
+        "bert.encoder.layer.2": 1,
+        "bert.pooler": 2,
+        "classifier": 3,
+    }
+
+
+def test_blocks_that_differ_are_of_different_kinds():
+    """The first block of T5 has a table of positions; a codec for one layer makes it a kind of its own."""
+    t5 = transformers.T5Model(
+        transformers.T5Config(vocab_size=50, d_model=32, d_kv=16, d_ff=64, num_layers=3, num_heads=2)
+    )
+    found = kinds(t5)
+    assert found["encoder.block.0"] != found["encoder.block.1"] == found["encoder.block.2"]
+    assert found["decoder.block.1"] not in (found["encoder.block.1"], found["decoder.block.0"])
+    found = kinds(bert()[0], codecs={r"layer\.1\.intermediate": Quantize(8)})
+    assert found["bert.encoder.layer.0"] == found["bert.encoder.layer.2"] != found["bert.encoder.layer.1"]
+    model = bert()[0]
+    model.bert.encoder.layer[0].requires_grad_(False)
+    found = kinds(model)
+    assert found["bert.encoder.layer.0"] != found["bert.encoder.layer.1"] == found["bert.encoder.layer.2"]
+
+
+def test_the_outermost_repetition_counts():
+    """Stages of different widths are no repetition, the blocks in them are; a block's own layers are not looked at."""
+    swin = timm.models.swin_transformer.SwinTransformer(
+        img_size=32,
+        patch_size=2,
+        embed_dim=16,
+        depths=(2, 2),
+        num_heads=(2, 2),
+        window_size=4,
+        num_classes=3,
+        drop_path_rate=0.0,
+    )
+    assert {"layers.0.blocks.0", "layers.1.blocks.1", "patch_embed", "head"} <= set(paths(swin))
+    block = nn.ModuleDict({"experts": nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(3))})
+    assert paths(nn.Sequential(copy.deepcopy(block), copy.deepcopy(block))) == ["0", "1"]
+
+
+def test_without_repetition_the_model_is_one_region():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert paths(model) == [""]
+    slim = transformed(model.train(), regions="blocks", always_open=())
+    slim(torch.randn(2, 4)).sum().backward()
+    assert len(session_of(slim).captures) == 1
+    assert slimfit_fx.undo(slim)._compiled_call_impl is None
+
+
+def test_blocks_share_a_graph_and_keep_their_gates():
+    """As many graphs for three layers as for five. Each layer obeys its own gates, without a recompile."""
+    captures = []
+    for depth in (3, 5):
+        model, inputs = bert(depth)
+        slim = transformed(model, regions="blocks", freeze_rate=0.5)
+        _, expected = run(reference(model, regions="blocks"), inputs)
+        run(slim, inputs)
+        captures.append(len(session_of(slim).captures))
+        gates = slimfit_fx.gates(slim)
+        generator = torch.Generator().manual_seed(0)
+        with no_recompile():
+            for _ in range(5):
+                gates.set_flags((torch.rand(len(gates), generator=generator) < 0.5).tolist())
+                _, found = run(slim, inputs)
+                for name, gradient in found.items():
+                    if name in gates and not gates[name]:
+                        assert gradient is None, name
+                    else:
+                        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+    assert captures[0] == captures[1]
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced", "tight", "paper"])
+def test_the_forward_is_untouched_and_bytes_are_as_reported(preset):
+    model, inputs = bert()
+    slim = transformed(model, regions="blocks", preset=preset)
+    expected, _ = run(reference(model, regions="blocks"), inputs)
+    for open_names in ([], ["bert.encoder.layer.1.output.dense.weight"], slimfit_fx.gates(slim).names):
+        slimfit_fx.gates(slim).set(open_names)
+        outputs, _ = run(slim, inputs)
+        assert torch.equal(outputs.logits, expected.logits)
+        assert torch.equal(outputs.loss, expected.loss)
+        outputs = slim(**inputs)
+        report = slimfit_fx.report(slim)
+        assert report.saved_bytes_after == handed_over(outputs, slim, inputs)
+    modules = {row["module"] for row in report.rows}
+    assert {f"bert.encoder.layer.{i}.attention.self" for i in range(3)} <= modules
+
+
+def test_a_frozen_block_keeps_none_of_its_linear_inputs():
+    model, inputs = bert()
+    slim = transformed(model, regions="blocks", always_open=())
+    slimfit_fx.gates(slim).set([])
+    slim(**inputs)
+    dynamic = [row for row in slimfit_fx.report(slim).rows if row["kind"] == "dynamic"]
+    assert dynamic
+    assert not any(row["bytes_now"] for row in dynamic)
+    assert {"bert.encoder.layer.2.attention.self.query.weight"} <= {name for row in dynamic for name in row["layers"]}
+
+
+def test_a_codec_for_one_layer_is_used_there_only():
+    model, inputs = bert()
+    slim = transformed(model, regions="blocks", codecs={r"layer\.1\.": Quantize(4)})
+    slim(**inputs)
+    coded = {row["module"].split(".")[3] for row in slimfit_fx.report(slim).rows if "int4" in row["stored_as"]}
+    assert coded == {"1"}
+
+
+def test_parameters_outside_of_all_regions_train_always():
+    model = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
+    slim = transformed(model.train(), regions="blocks")
+    assert "blocks.0.attn.qkv.weight" in slimfit_fx.gates(slim)
+    assert not {"cls_token", "pos_embed"} & set(slimfit_fx.gates(slim))
+    slimfit_fx.gates(slim).set([])
+    loss_of(slim(torch.randn(2, 3, 32, 32))).backward()
+    assert slim.cls_token.grad is not None
+
+
+def test_a_memory_budget_counts_every_block():
+    model, inputs = bert()
+    free = transformed(model, regions="blocks", freeze_rate=0.0, preset="paper")
+    free(**inputs)
+    report = slimfit_fx.report(free)
+    closed = slimfit_fx.Report(report.plan, report.layers, [layer.always_open for layer in report.layers])
+    budget = (report.saved_bytes_after + closed.saved_bytes_after) // 2
+    slim = transformed(model, regions="blocks", preset="paper", memory_budget=budget)
+    optimizer = torch.optim.SGD(slim.parameters(), lr=0.1)
+    for _ in range(3):
+        slim(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert slimfit_fx.report(slim).saved_bytes_after <= budget
+    assert slimfit_fx.report(slim).saved_bytes_after > closed.saved_bytes_after
+
+
+class Listed(nn.Module):
+    """Two blocks, called in whatever way `call` says."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(2))
+        self.call = call
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = self.call(block, x)
+        return x
+
+
+def test_checkpointing_inside_of_a_block_composes():
+    model, inputs = bert()
+    model.config.attention_probs_dropout_prob = 0.0
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    whole = transformed(model, regions="blocks", freeze_rate=0.0)
+    _, expected = run(whole, inputs)
+    model.gradient_checkpointing_enable()
+    slim = transformed(model, regions="blocks", freeze_rate=0.0)
+    _, found = run(slim, inputs)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+    assert slimfit_fx.report(slim).saved_bytes_after < slimfit_fx.report(whole).saved_bytes_after / 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_around_blocks_is_refused_by_name(reentrant):
+    model = Listed(lambda block, x: checkpoint(block, x, use_reentrant=reentrant))
+    slim = slimfit_fx.transform(model.train(), mode="eager", regions="blocks", always_open=())
+    with pytest.raises(slimfit_fx.ModelError, match=r"blocks\.1 is computed again.*regions='model'"):
+        slim(torch.randn(2, 4)).sum().backward()
+
+
+def test_skipped_blocks():
+    """A block that hands its input on is no block that was not compiled; a model that ran none of its graphs is."""
+    slim = slimfit_fx.transform(Listed(lambda _, x: x).train(), mode="eager", regions="blocks", always_open=())
+    slim(torch.randn(2, 4)).sum().backward()
+    assert {run.path for run in session_of(slim).active} == {"first"}
+
+
+def test_a_region_that_torch_gave_up_on_is_named():
+    model = Listed(lambda block, x: block(x))
+    slim = slimfit_fx.transform(model.train(), mode="eager", regions="blocks", always_open=())
+    with (
+        torch._dynamo.config.patch(recompile_limit=1),
+        pytest.raises(slimfit_fx.BackendError, match="first ran without"),
+    ):
+        for dtype in (torch.float32, torch.float64):
+            slim.to(dtype)(torch.randn(2, 4, dtype=dtype))
+
+
+def test_a_named_backend_has_no_regions():
+    model, inputs = bert(1)
+    compiled = torch.compile(model, backend="slimfit_fx", options={"regions": "blocks", "mode": "eager"})
+    with pytest.raises(Exception, match="needs slimfit_fx.transform"):
+        compiled(**inputs)
+
+
+def test_undo_copies_and_evaluation_are_plain():
+    model, inputs = bert()
+    keys = list(model.state_dict())
+    slim = transformed(model, regions="blocks")
+    assert list(slim.state_dict()) == keys
+    with torch.no_grad():
+        slim(**inputs)
+    slim.eval()(**inputs)
+    assert not session_of(slim).captures
+    plain = copy.deepcopy(slim)
+    assert all(module._compiled_call_impl is None for module in plain.modules())
+    slimfit_fx.undo(slim)
+    assert all(module._compiled_call_impl is None for module in slim.modules())
+    slim.train()(**inputs).loss.backward()
+    assert all(gradient is not None for gradient in gradients(slim).values())
+
+
+def test_a_block_that_is_compiled_already_is_refused():
+    model, _ = bert()
+    model.bert.encoder.layer[1].compile()
+    with pytest.raises(slimfit_fx.StateError, match="compiled already"):
+        slimfit_fx.transform(model, regions="blocks")
