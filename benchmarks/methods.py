@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import slimfit_fx
 from slimfit_fx.layers import find_head
+from slimfit_fx.regions import find_regions
 
 METHODS: Mapping[str, dict[str, Any]] = json.loads((Path(__file__).parent / "methods.json").read_text())
 
@@ -39,6 +40,13 @@ def eager(model: nn.Module) -> nn.Module:
 
 def compile(model: nn.Module) -> nn.Module:
     model.compile()
+    return model
+
+
+def compile_blocks(model: nn.Module) -> nn.Module:
+    """torch.compile for each repeated block, which share their graph, and for what is beside them."""
+    for region in find_regions(model, slimfit_fx.Config(regions="blocks")):
+        region.module.compile()
     return model
 
 
@@ -118,5 +126,16 @@ def slimfit(model: nn.Module, codecs: Mapping[str, Any] | None = None, **options
     return slimfit_fx.transform(model, config)
 
 
-_ALL = (eager, compile, activation_memory_budget, checkpointing, fp8_activations, lora, bitfit, lisa, slimfit)
+_ALL = (
+    eager,
+    compile,
+    compile_blocks,
+    activation_memory_budget,
+    checkpointing,
+    fp8_activations,
+    lora,
+    bitfit,
+    lisa,
+    slimfit,
+)
 PREPARE: Mapping[str, Callable[..., nn.Module]] = {function.__name__: function for function in _ALL}

@@ -13,7 +13,6 @@ from .calls import compile_calls, restore_calls
 from .config import Config
 from .errors import ModelError, StateError, VersionError
 from .gates import Gates
-from .layers import check_sharding
 from .probe import probe
 from .regions import find_regions
 from .report import Report
