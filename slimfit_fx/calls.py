@@ -14,6 +14,9 @@ from .layers import check_sharding
 from .regions import Region
 from .session import Session
 
+# Trainer and accelerate may compile a model that is transformed already; their compiler would look through our calls
+_not_traced: Callable[[Any], Any] = torch.compiler.disable
+
 
 def compile_calls(model: nn.Module, regions: Sequence[Region], session: Session) -> None:
     """Takes the calls of `model` and `regions` over, in the place where `nn.Module.compile` does it: no copy has it."""
@@ -33,6 +36,7 @@ def _model_call(model: nn.Module, session: Session) -> Callable[..., Any]:
     """A call of the model: it begins a forward, in which regions run compiled. The model may be one itself."""
     inner = model._compiled_call_impl or model._call_impl
 
+    @_not_traced
     def call(*args: Any, **kwargs: Any) -> Any:
         if not _trains(model):
             return model._call_impl(*args, **kwargs)
@@ -51,6 +55,7 @@ def _region_call(region: Region, model: nn.Module, session: Session) -> Callable
     """A call of a region: compiled while `model` trains."""
     compiled = session.compiled(region)
 
+    @_not_traced
     def call(*args: Any, **kwargs: Any) -> Any:
         if not _trains(model):
             return region.module._call_impl(*args, **kwargs)

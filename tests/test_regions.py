@@ -249,6 +249,20 @@ def test_a_named_backend_has_no_regions():
         compiled(**inputs)
 
 
+@pytest.mark.parametrize("regions", ["model", "blocks"])
+def test_an_outer_compiler_leaves_the_calls_alone(regions):
+    """As Trainer's and accelerate's."""
+    model, inputs = bert()
+    slim = transformed(model, regions=regions, freeze_rate=0.5)
+    outer = []
+    torch.compile(slim, backend=lambda graph, _: outer.append(graph) or graph)(**inputs).loss.backward()
+    assert len(session_of(slim).active) == (1 if regions == "model" else 6)
+    assert not outer
+    assert {name for name, gradient in gradients(slim).items() if gradient is None} == set(
+        slimfit_fx.gates(slim).closed
+    )
+
+
 def test_undo_copies_and_evaluation_are_plain():
     model, inputs = bert()
     keys = list(model.state_dict())

@@ -235,3 +235,32 @@ def test_copies_and_pickles_are_plain_models(model):
 def test_importing_needs_neither_transformers_nor_timm():
     code = "import sys, slimfit_fx; assert not {'transformers', 'timm', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_blocks_that_dynamo_gives_one_graph_keep_their_own_gates():
+    """After a graph break in a loop Dynamo compiles the block that is called there once, for all blocks like it."""
+
+    class Looping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(3))
+
+        def forward(self, x):
+            for block in self.blocks:
+                torch._dynamo.graph_break()
+                x = self.call(block, x)
+            return x
+
+        def call(self, block, x):
+            return block(x).tanh()
+
+    plain = Looping()
+    slim = slimfit_fx.transform(copy.deepcopy(plain), mode="eager", preset="exact", always_open=())
+    _, wanted = run(plain, {"x": torch.ones(3, 4)})
+    for name in slimfit_fx.gates(slim).names:
+        slimfit_fx.gates(slim).set([name])
+        _, found = run(slim, {"x": torch.ones(3, 4)})
+        assert {weight for weight in slimfit_fx.gates(slim).names if found[weight] is not None} == {name}
+        torch.testing.assert_close(found[name], wanted[name])
+    assert len(session_of(slim).active) == 3
+    assert len(session_of(slim).captures) < 3
