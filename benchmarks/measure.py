@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import floor
 import methods
 import models
 import training
@@ -46,6 +47,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     `saved_bytes` is what is in use after a forward, `peak_bytes` the most that is in use during a step, both above what
     the step began with; `total_bytes` adds weights and optimizer states to the peak.
+    `predicted_bytes` is what the report says is saved; `flops_left` a floor of the time for matrix products.
     """
     torch.manual_seed(0)
     device = torch.device(options.device)
@@ -70,18 +72,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             loss = model(**inputs).loss
         _synchronize(device)
         saved = memory.current()
-        predicted = slimfit_fx.report(model).saved_bytes_after if slimfit else 0
         loss.backward()
         gradients = tensor_bytes(parameter.grad for parameter in model.parameters())
         optimizer.step()
         optimizer.zero_grad()
         _synchronize(device)
         seconds = time.perf_counter() - start
+        # the gates are still those of this step
         return {
             "seconds": seconds,
             "scheduler_seconds": spent[0],
             "saved_bytes": saved,
-            "predicted_bytes": predicted,
+            "predicted_bytes": slimfit_fx.report(model).saved_bytes_after if slimfit else 0,
+            "flops_left": floor.flops_left(model) if slimfit else 1.0,
             "gradient_bytes": gradients,
             "peak_bytes": memory.peak(),
         }
@@ -104,6 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "saved_bytes": statistics.median(row["saved_bytes"] for row in rows),
         "saved_bytes_max": max(row["saved_bytes"] for row in rows),
         "predicted_bytes": statistics.median(row["predicted_bytes"] for row in rows),
+        "flops_left": statistics.mean(row["flops_left"] for row in rows),
         "peak_bytes": statistics.median(row["peak_bytes"] for row in rows),
         "peak_bytes_max": max(row["peak_bytes"] for row in rows),
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],

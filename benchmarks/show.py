@@ -25,6 +25,7 @@ COLUMNS = (
     ("optimizer_bytes", "optimizer", False),
     ("total_bytes", "total peak", True),
     ("step_seconds", "step", True),
+    ("flops_left", "products left", False),
     ("first_step_seconds", "first step", True),
     ("warm_first_step_seconds", "first step, cached", False),
 )
@@ -117,7 +118,9 @@ def ratio(cells: Sequence[Cell], rows: Sequence[Cell], figure: str) -> float:
 
 
 def amount(figure: str, value: float) -> str:
-    return f"{value / 2**20:.0f} MiB" if figure.endswith("bytes") else f"{value:.2f} s"
+    if figure.endswith("bytes"):
+        return f"{value / 2**20:.0f} MiB"
+    return f"{value:.2f}x" if figure == "flops_left" else f"{value:.2f} s"
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
@@ -16,12 +18,15 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 import accuracy  # noqa: E402
+import floor  # noqa: E402
 import largest_batch  # noqa: E402
 import measure  # noqa: E402
 import methods  # noqa: E402
 import models  # noqa: E402
 import run  # noqa: E402
 import show  # noqa: E402
+
+import slimfit_fx  # noqa: E402
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 30}
 SUITES = sorted((ROOT / "benchmarks" / "suites").glob("*.json"))
@@ -62,6 +67,16 @@ def test_a_model_gives_a_loss(name):
     assert model(**inputs).loss.isfinite()
 
 
+def test_products_left_are_two_thirds_and_what_trains():
+    """A linear layer's three products are of one size; the input of the model's first needs no gradient."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    slim = slimfit_fx.transform(model.train(), mode="eager", always_open=())
+    for trained in ([], ["1.weight"], slimfit_fx.gates(slim).names):
+        slimfit_fx.gates(slim).set(trained)
+        slim(torch.randn(5, 8)).sum().backward()
+        assert floor.flops_left(slim) == pytest.approx((4 + 3 + len(trained)) / (4 + 3 + 4))
+
+
 @pytest.mark.parametrize("method", ["eager", "balanced"])
 def test_a_cell_is_measured(method, capsys):
     command = [method, "--model=minilm", "--batch=4", "--length=8", "--optimizer=adamw", "--steps=2", "--device=cpu"]
@@ -76,6 +91,7 @@ def test_a_cell_is_measured(method, capsys):
     else:
         assert figures["gradient_bytes"] < 0.9 * weights
         assert figures["predicted_bytes"] > 0
+        assert 2 / 3 < figures["flops_left"] < 1
     assert json.loads(json.dumps(figures))["model"] == "minilm"
 
 

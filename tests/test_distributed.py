@@ -65,8 +65,8 @@ def _worker(rank: int, target, port: int, arguments) -> None:
         dist.destroy_process_group()
 
 
-def plain(rank: int, folder: str) -> None:
-    model = transformed(net())
+def plain(rank: int, folder: str, regions: str) -> None:
+    model = transformed(net(), regions=regions)
     wrapped = DistributedDataParallel(model)
     gates, parameters = slimfit_fx.gates(model), dict(model.named_parameters())
 
@@ -82,10 +82,11 @@ def plain(rank: int, folder: str) -> None:
     torch.save((model.state_dict(), slimfit_fx.scheduler(model).state_dict()), f"{folder}/{rank}.pt")
 
 
-def test_ddp_is_the_run_of_one_process(tmp_path):
+@pytest.mark.parametrize("regions", ["model", "blocks"])
+def test_ddp_is_the_run_of_one_process(tmp_path, regions):
     alone = transformed(net())
     train(alone, data())
-    run_workers(plain, str(tmp_path))
+    run_workers(plain, str(tmp_path), regions)
     (first, decided), (second, also) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))
     assert decided == also
     assert decided["open"] == slimfit_fx.scheduler(alone).state_dict()["open"]

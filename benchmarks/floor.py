@@ -1,0 +1,56 @@
+"""How fast a step could be at best: the part of its matrix products' FLOPs that frozen layers leave.
+
+A linear layer costs three products of the same size: forward, the gradient of its input, that of its weight. With the
+weights of a part F of them frozen, (2 + (1 - F)) / 3 are left. Pointwise operators come on top, encoding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+from torch.utils.flop_counter import flop_registry
+
+from slimfit_fx.graph import hint
+from slimfit_fx.transform import session_of
+
+_weight_gradient = torch.ops.slimfit_fx.weight_gradient.default
+
+
+def flops_left(model: nn.Module) -> float:
+    """FLOPs of products at the present gates over those with all gates open, in the last forward and its backward.
+
+    Products that the backward computes again to save memory are left out: they are no part of what has to be done.
+    """
+    session = session_of(model)
+    flags = session.gates.table.tolist()
+    left = total = 0
+    for run in session.active:
+        gates = [layer is None or flags[layer] for layer in run.layers]
+        for node in (*run.capture.split.forward.graph.nodes, *_with_gradients(run.capture.split.backward.graph)):
+            flops = _flops(node)
+            total += flops
+            if node.target is not _weight_gradient or gates[node.args[3]]:
+                left += flops
+    return left / total
+
+
+def _with_gradients(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes of a backward that depend on the gradient of an output."""
+    reached: set[fx.Node] = set()
+    for node in graph.nodes:
+        if (node.op == "placeholder" and "tangents" in node.name) or not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+            yield node
+
+
+def _flops(node: fx.Node) -> int:
+    if node.target is _weight_gradient:
+        (m, n), (rows, k) = (node.args[place].meta["val"].shape for place in (0, 1))
+        return 2 * hint(m) * max(hint(n), hint(rows)) * hint(k)  # of the two, one is known at run time only
+    count = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if node.op != "call_function" or count is None:
+        return 0
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+    return int(count(*args, **kwargs, out_val=node.meta["val"]))
