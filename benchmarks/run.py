@@ -87,8 +87,10 @@ def measured_once(cell: Cell, cache: str) -> dict[str, Any]:
     command = [sys.executable, str(HERE / "measure.py"), *flags(cell)]
     environment = {**os.environ, **ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": cache}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"killed, exit status {done.returncode}"]
+    if done.returncode < 0:  # by the kernel, where memory was short
+        return {"error": f"killed by signal {-done.returncode}"}
+    if done.returncode > 0:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"error": lines[-1][:300]}
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -5,13 +5,14 @@ a norm's affine image of the normalised value, a view of anything. It is compute
 it is used. One storage is thereby saved once, whatever views of it the backward takes.
 
 Tensors whose codec is `Recompute` may also go through matrix products and reductions: the softmax of attention, from
-query and key, and those from the input of their linear layers.
+query and key, and those from the input of their linear layers. If that is an activation that an earlier graph made, it
+is saved for the purpose: one tensor for three.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from slimfit_fx.codecs import Recompute
 from slimfit_fx.graph import VIEWS, aten, base_of, call, is_pointwise, is_tensor
-from slimfit_fx.plan import Plan
+from slimfit_fx.plan import Plan, SavedTensor
 from slimfit_fx.split_graph import SplitGraph
 
 _ops = torch.ops.slimfit_fx
@@ -49,7 +50,7 @@ def rebuild(split: SplitGraph, plan: Plan) -> None:
 
     What is saved compressed later is compressed for all its readers.
     """
-    recipes = _Recipes(split)
+    recipes = _Recipes(split, plan)
     order = {node: index for index, node in enumerate(split.forward.graph.nodes)}
     for produced, taken in sorted(split.saved(), key=lambda pair: -order[pair[0]]):
         row = plan.find(taken.name)
@@ -58,7 +59,9 @@ def rebuild(split: SplitGraph, plan: Plan) -> None:
         wish = row.codec if isinstance(row.codec, Recompute) else None
         if wish is None and not row.rebuildable:
             continue
-        steps = recipes.find(produced, _recomputable if wish else _cheap)
+        steps = (
+            recipes.find(produced, _recomputable, set(recipes.kept_inputs)) if wish else recipes.find(produced, _cheap)
+        )
         if wish:
             row.codec = wish.otherwise
         if steps is not None and not _compares(produced, steps):
@@ -103,16 +106,21 @@ class _Step:
 class _Recipes:
     """How to compute nodes of the forward in the backward, from what is saved at the moment."""
 
-    def __init__(self, split: SplitGraph) -> None:
-        self.split = split
+    def __init__(self, split: SplitGraph, plan: Plan) -> None:
+        self.split, self.plan = split, plan
         # of an input that an earlier graph made, only what is saved is alive
-        self.unusable = {node for position, node in split.inputs().items() if position in split.activations}
-        self.unusable |= _mutated_inputs(split)
+        activations = {node for position, node in split.inputs().items() if position in split.activations}
+        mutated = _mutated_inputs(split)
+        self.unusable = activations | mutated
+        self.kept_inputs = _kept_inputs(split, plan, activations - mutated)
 
-    def find(self, wanted: fx.Node, allowed: Callable[[fx.Node], bool]) -> list[_Step] | None:
+    def find(
+        self, wanted: fx.Node, allowed: Callable[[fx.Node], bool], savable: Collection[fx.Node] = ()
+    ) -> list[_Step] | None:
         """The steps, in order, that make `wanted` without its being saved; None if there are none.
 
-        Kept tensors are no sources: they are empty when their gates are closed.
+        Kept tensors are no sources: they are empty when their gates are closed. `savable` inputs are: `replay` saves
+        them.
         """
         saved = {node for node, _ in self.split.saved() if base_of(node).target is not _ops.keep.default} - {wanted}
         views = _viewed(saved)
@@ -123,7 +131,7 @@ class _Recipes:
             if node in saved or node in steps:
                 return True
             if node.op == "placeholder":
-                return is_tensor(node) and node not in self.unusable
+                return is_tensor(node) and (node not in self.unusable or node in savable)
             if node in tried:
                 return False
             tried.add(node)
@@ -143,11 +151,19 @@ class _Recipes:
         there: dict[fx.Node, fx.Node] = dict(self.split.saved())
         for source in (source for step in steps for source in step.sources):
             if source.op == "placeholder" and source not in there:
-                there[source] = self.split.save(source)
+                there[source] = self._save(source)
         with self.split.insertion():
             for step in steps:
                 there[step.node] = self._copy(step, there)
         return there[wanted]
+
+    def _save(self, source: fx.Node) -> fx.Node:
+        """Hands an input over; an activation gets a static row beside that of its kept copy, which counts its bytes."""
+        taken = self.split.save(source)
+        if (kept := self.kept_inputs.get(source)) is not None:
+            row = replace(kept, name=taken.name, gates=(), rows=0, nbytes=0, stored=0)
+            self.plan.saved.insert(self.plan.saved.index(kept), row)
+        return taken
 
     def _copy(self, step: _Step, there: dict[fx.Node, fx.Node]) -> fx.Node:
         graph = self.split.backward.graph
@@ -159,6 +175,18 @@ class _Recipes:
             copy = graph.node_copy(step.node, there.__getitem__)
         self.split.late.add(copy)
         return copy
+
+
+def _kept_inputs(split: SplitGraph, plan: Plan, activations: Collection[fx.Node]) -> dict[fx.Node, SavedTensor]:
+    """Those of `activations` that a `keep` hands over, with its row."""
+    found = {}
+    for produced, taken in split.saved():
+        kept = base_of(produced)
+        if kept.target is _ops.keep.default and (source := base_of(kept.args[0])) in activations:  # type: ignore[arg-type]
+            row = plan.find(taken.name)
+            if row is not None:
+                found[source] = row
+    return found
 
 
 def _viewed(saved: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,12 @@ def test_a_suite_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     assert asked == ["compile", "fp8", "fp8", "compile", "fp8"]
     run.main([*command, "--retry"])
     assert asked[5:] == ["fp8", "fp8"]
+
+
+def test_a_process_that_was_killed_says_so(monkeypatch):
+    done = SimpleNamespace(returncode=-9, stderr="a warning", stdout="")
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: done)
+    assert run.measured_once({"method": "eager"}, "") == {"error": "killed by signal 9"}
 
 
 def test_accuracy_tries_each_rate_once_and_goes_on_with_the_best(tmp_path, monkeypatch):

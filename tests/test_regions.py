@@ -138,6 +138,20 @@ def test_the_forward_is_untouched_and_bytes_are_as_reported(preset):
     assert {f"bert.encoder.layer.{i}.attention.self" for i in range(3)} <= modules
 
 
+def test_tight_computes_query_key_and_value_again_from_a_blocks_input():
+    """One tensor that is saved instead of three, whatever is frozen."""
+    model, inputs = bert()
+    slim = transformed(model, regions="blocks", preset="tight")
+    slimfit_fx.gates(slim).set([])
+    slim(**inputs)
+    rows = [row for row in slimfit_fx.report(slim).rows if row["module"].startswith("bert.encoder.layer.1.")]
+    operands = [row for row in rows if row["role"] == "attention operand"]
+    assert [row["stored_as"] for row in operands if row["dtype"] == "float32"].count("recomputed") >= 3
+    given = [row for row in rows if row["role"] == "linear input" and row["bytes_stored"]]
+    assert [(row["kind"], row["bytes"]) for row in given] == [("static", 0)]
+    assert "int4" in given[0]["stored_as"]
+
+
 def test_a_frozen_block_keeps_none_of_its_linear_inputs():
     model, inputs = bert()
     slim = transformed(model, regions="blocks", always_open=())
