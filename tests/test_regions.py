@@ -147,9 +147,10 @@ def test_tight_computes_query_key_and_value_again_from_a_blocks_input():
     rows = [row for row in slimfit_fx.report(slim).rows if row["module"].startswith("bert.encoder.layer.1.")]
     operands = [row for row in rows if row["role"] == "attention operand"]
     assert [row["stored_as"] for row in operands if row["dtype"] == "float32"].count("recomputed") >= 3
-    given = [row for row in rows if row["role"] == "linear input" and row["bytes_stored"]]
-    assert [(row["kind"], row["bytes"]) for row in given] == [("static", 0)]
-    assert "int4" in given[0]["stored_as"]
+    (given,) = [row for row in rows if row["role"] == "linear input" and row["kind"] == "static"]
+    assert given["module"].endswith("attention.self.query")
+    assert "int4" in given["stored_as"]
+    assert 0 < given["bytes_now"] < sum(row["bytes"] for row in operands) / 8
 
 
 def test_a_frozen_block_keeps_none_of_its_linear_inputs():
