@@ -51,7 +51,7 @@ def settings(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Cells by setting: everything but method and round, in words."""
     groups: dict[str, list[Cell]] = {}
     for entry in cells:
-        rest = {key: value for key, value in entry["cell"].items() if key not in ("method", "round", "steps")}
+        rest = {key: value for key, value in sorted(entry["cell"].items()) if key not in ("method", "round", "steps")}
         title = ", ".join(str(v) if isinstance(v, str) else f"{k} {json.dumps(v)}" for k, v in rest.items())
         groups.setdefault(title, []).append(entry)
     return groups
