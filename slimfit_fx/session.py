@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from .backend import Capture, compile_capture
 from .config import Config
-from .errors import BackwardError
+from .errors import BackwardError, StateError
 from .gates import Gates
 from .layers import Layer, check_modules, check_sharding, find_layers
 from .plan import Plan, merge_plans
@@ -74,6 +74,7 @@ class Session:
         self._layer_of = {
             id(parameters[name]): index for index, layer in enumerate(self.layers) for name in layer.parameters
         }
+        self._known = set(map(id, parameters.values()))
         self.compiled_modules: WeakSet[nn.Module] = WeakSet()
         self._functions: dict[Hashable, Callable[..., Any]] = {}
         self._path = ""  # of the region that is being called
@@ -131,8 +132,7 @@ class Session:
 
         def run(*arguments: Any) -> Any:
             nonlocal new
-            layers = tuple(self._layer_of.get(id(arguments[position])) for position in capture.gated)
-            current = Run(capture, layers, self._path)
+            current = Run(capture, self._layers([arguments[position] for position in capture.gated]), self._path)
             if delimits and current in self.active:
                 self.begin_forward()
             self.scheduler.step()
@@ -142,11 +142,22 @@ class Session:
             if new:
                 self.scheduler.check_budget(self.plan)
                 new = False
-            outputs = compiled(*arguments, self.gates.read(layers))
+            outputs = compiled(*arguments, self.gates.read(current.layers))
             _watch_backward(outputs, capture)
             return outputs
 
         return run
+
+    def _layers(self, parameters: Sequence[Any]) -> tuple[int | None, ...]:
+        """The layers of parameters; None for one without a gate, which another block had."""
+        layers = tuple(self._layer_of.get(id(parameter)) for parameter in parameters)
+        if None in layers and not self._known.issuperset(map(id, parameters)):
+            raise StateError(
+                "parameters of the model were replaced after slimfit_fx.transform, for example by "
+                "load_state_dict(assign=True), so the scheduler does not know them. Replace them first, or call "
+                "slimfit_fx.undo(model) and transform it again."
+            )
+        return layers
 
 
 def _own_code(name: str) -> FunctionType:

@@ -264,3 +264,13 @@ def test_blocks_that_dynamo_gives_one_graph_keep_their_own_gates():
         torch.testing.assert_close(found[name], wanted[name])
     assert len(session_of(slim).active) == 3
     assert len(session_of(slim).captures) < 3
+
+
+def test_parameters_that_were_replaced_are_named(model):
+    slim = slimfit_fx.transform(model, mode="eager", preset="exact")
+    step(slim).backward()
+    slim.load_state_dict({name: value.clone() for name, value in slim.state_dict().items()}, assign=True)
+    with pytest.raises(slimfit_fx.StateError, match="replaced after slimfit_fx.transform"):
+        step(slim).backward()
+    slimfit_fx.transform(slimfit_fx.undo(slim), mode="eager")
+    step(slim).backward()
