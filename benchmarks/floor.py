@@ -7,6 +7,7 @@ weights of a part F of them frozen, (2 + (1 - F)) / 3 are left. Pointwise operat
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -24,14 +25,18 @@ def flops_left(model: nn.Module) -> float:
     Products that the backward computes again to save memory are left out: they are no part of what has to be done.
     """
     session = session_of(model)
+    if session is None:
+        raise ValueError(f"{type(model).__name__} is not transformed")
     flags = session.gates.table.tolist()
     left = total = 0
     for run in session.active:
         gates = [layer is None or flags[layer] for layer in run.layers]
-        for node in (*run.capture.split.forward.graph.nodes, *_with_gradients(run.capture.split.backward.graph)):
+        split = run.capture.split
+        nodes = (*split.forward.graph.nodes, *_with_gradients(split.backward.graph)) if split is not None else ()
+        for node in nodes:
             flops = _flops(node)
             total += flops
-            if node.target is not _weight_gradient or gates[node.args[3]]:
+            if node.target is not _weight_gradient or gates[node.args[3]]:  # type: ignore[call-overload]
                 left += flops
     return left / total
 
@@ -46,11 +51,12 @@ def _with_gradients(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _flops(node: fx.Node) -> int:
+    if node.op != "call_function":
+        return 0
+    values: Any = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+    args, kwargs = values
     if node.target is _weight_gradient:
-        (m, n), (rows, k) = (node.args[place].meta["val"].shape for place in (0, 1))
+        (m, n), (rows, k) = (operand.shape for operand in args[:2])
         return 2 * hint(m) * max(hint(n), hint(rows)) * hint(k)  # of the two, one is known at run time only
     count = flop_registry.get(getattr(node.target, "overloadpacket", None))
-    if node.op != "call_function" or count is None:
-        return 0
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
-    return int(count(*args, **kwargs, out_val=node.meta["val"]))
+    return 0 if count is None else int(count(*args, **kwargs, out_val=node.meta["val"]))
