@@ -25,13 +25,15 @@ def reference(model: nn.Module, mode: str = "eager", regions: str = "model") -> 
     model = copy.deepcopy(model)
     backend = "inductor" if mode == "inductor" else _interpreter()
     for region in find_regions(model, Config(regions=regions)):
-        call = lambda *args, _module=region.module, **kwargs: _module._call_impl(*args, **kwargs)  # noqa: E731
-        region.module._compiled_call_impl = torch.compile(call, backend=backend)
+        if region.module is model:
+            model.compile(backend=backend)
+        else:  # torch's own layers are compiled as a part of something only
+            call = lambda *args, _module=region.module, **kwargs: _module._call_impl(*args, **kwargs)  # noqa: E731
+            region.module._compiled_call_impl = torch.compile(call, backend=backend)
     return model
 
 
 def _interpreter() -> Callable[..., Any]:
-
     def boxed(gm, _):
         run = lambda arguments: gm(*arguments)  # noqa: E731
         run._boxed_call = True

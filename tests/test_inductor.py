@@ -20,12 +20,12 @@ from slimfit_fx.gradient_error import gradient_errors
 pytestmark = pytest.mark.inductor
 
 
-def small_bert():
+def small_bert(depth: int = 1):
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=50,
         hidden_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=depth,
         num_attention_heads=2,
         intermediate_size=64,
         problem_type="single_label_classification",  # else the model sets it in its first forward: a recompile
@@ -91,6 +91,25 @@ def test_bert_compressed():
             outputs = slim(**inputs)
             assert slimfit_fx.report(slim).saved_bytes_after == handed_over(outputs, slim, inputs)
             outputs.loss.backward()
+
+
+def test_blocks_compressed():
+    """Blocks that share their compiled code: the same, each by its own gates."""
+    model, inputs = small_bert(depth=2)
+    expected, exact = run(reference(model, "inductor", "blocks"), inputs)
+    slim = transformed(model, mode="inductor", preset="balanced", freeze_rate=0.0, regions="blocks")
+    outputs, found = run(slim, inputs)
+    assert torch.equal(outputs.logits, expected.logits)
+    assert 0 < gradient_errors(found, exact)["all"].relative < 0.02
+    gates = slimfit_fx.gates(slim)
+    with no_recompile():
+        for block in (0, 1):
+            gates.set([name for name in gates.names if f"layer.{block}." in name])
+            outputs, found = run(slim, inputs)
+            assert torch.equal(outputs.logits, expected.logits)
+            assert {name for name, gradient in found.items() if gradient is None} == set(gates.closed)
+            outputs = slim(**inputs)
+            assert slimfit_fx.report(slim).saved_bytes_after == handed_over(outputs, slim, inputs)
 
 
 def shapes(graph: torch.fx.GraphModule) -> list[str]:
