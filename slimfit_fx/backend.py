@@ -69,6 +69,7 @@ class Capture:
         activations: positions of inputs that an earlier graph of the same forward made (after a graph break).
         retainable: whether `backward(retain_graph=True)` works; otherwise the backward reuses the memory of saved
             tensors ("donated buffers").
+        ran: whether it was called.
         split: the rewritten pair; None until the first training call compiled it.
         plan: of `split`.
     """
@@ -76,6 +77,7 @@ class Capture:
     gated: tuple[int, ...]
     activations: frozenset[int] = frozenset()
     retainable: bool = False
+    ran: bool = False
     split: SplitGraph | None = None
     plan: Plan = field(default_factory=Plan)
 

@@ -20,8 +20,8 @@ _not_traced: Callable[[Any], Any] = torch.compiler.disable
 
 def compile_calls(model: nn.Module, regions: Sequence[Region], session: Session) -> None:
     """Takes the calls of `model` and `regions` over, in the place where `nn.Module.compile` does it: no copy has it."""
-    for region in regions:
-        region.module._compiled_call_impl = _region_call(region, model, session)
+    for region, compiled in zip(regions, session.compiled(regions), strict=True):
+        region.module._compiled_call_impl = _region_call(region, compiled, model, session)
         session.compiled_modules.add(region.module)
     model._compiled_call_impl = _model_call(model, session)
 
@@ -51,9 +51,10 @@ def _model_call(model: nn.Module, session: Session) -> Callable[..., Any]:
     return call
 
 
-def _region_call(region: Region, model: nn.Module, session: Session) -> Callable[..., Any]:
-    """A call of a region: compiled while `model` trains."""
-    compiled = session.compiled(region)
+def _region_call(
+    region: Region, compiled: Callable[..., Any], model: nn.Module, session: Session
+) -> Callable[..., Any]:
+    """A call of a region: `compiled` while `model` trains."""
 
     @_not_traced
     def call(*args: Any, **kwargs: Any) -> Any:

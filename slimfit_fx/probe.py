@@ -39,8 +39,7 @@ def sample_gradients(
     session = Session(model, config.replace(mode="eager", freeze_rate=0.0, regions="model"))
     with _untouched(model), torch.random.fork_rng(), torch.enable_grad():
         try:
-            (region,) = find_regions(model, session.config)
-            run = session.compiled(region)
+            (run,) = session.compiled(find_regions(model, session.config))
             outputs = run(**sample) if isinstance(sample, Mapping) else run(sample)
             _scalar(outputs, loss).backward()
         finally:

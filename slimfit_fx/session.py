@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -76,7 +76,6 @@ class Session:
         }
         self._known = set(map(id, parameters.values()))
         self.compiled_modules: WeakSet[nn.Module] = WeakSet()
-        self._functions: dict[Hashable, Callable[..., Any]] = {}
         self._path = ""  # of the region that is being called
         self._hooks = _listen_to_optimizers(self.scheduler)
 
@@ -97,21 +96,32 @@ class Session:
             self.scheduler.plan = self.plan
         self.active = []
 
-    def compiled(self, region: Region) -> Callable[..., Any]:
-        """A function that calls the region's module with compiled graphs, which regions of a kind share."""
-        function = self._functions.get(region.kind)
-        if function is None:
-            function = torch.compile(_own_code(type(region.module).__name__), backend=self.compile)
-            self._functions[region.kind] = function
+    def compiled(self, regions: Sequence[Region]) -> list[Callable[..., Any]]:
+        """For each region a function that calls its module with compiled graphs, which regions of a kind share.
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            outer, self._path = self._path, region.path
-            try:
-                return function(region.module, *args, **kwargs)
-            finally:
-                self._path = outer
+        Dynamo keeps backends for ever, and so ours does not hold the session.
+        """
+        compile = weakref.WeakMethod(self.compile)
 
-        return call
+        def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            return compile()(module, inputs)  # type: ignore[misc]  (who runs a region has a session)
+
+        kinds = {region.kind: type(region.module).__name__ for region in regions}
+        functions = {kind: torch.compile(_own_code(name), backend=backend) for kind, name in kinds.items()}
+
+        def compiled(region: Region) -> Callable[..., Any]:
+            function = functions[region.kind]
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                outer, self._path = self._path, region.path
+                try:
+                    return function(region.module, *args, **kwargs)
+                finally:
+                    self._path = outer
+
+            return call
+
+        return [compiled(region) for region in regions]
 
     def compile(self, module: fx.GraphModule, inputs: Sequence[Any], *, delimits: bool = False) -> Callable[..., Any]:
         """The torch.compile backend: a graph from Dynamo to a callable on the graph's inputs.
@@ -128,25 +138,24 @@ class Session:
         rules = CodecRules(self.config.preset, self.config.codecs, self._path)
         compiled = compile_capture(module, inputs, capture, rules, self.config.mode)
         self.captures.append(capture)
-        new = True
+        run = weakref.WeakMethod(self._run)  # Dynamo keeps what is returned for longer than the model
+        return lambda *arguments: run()(capture, compiled, arguments, delimits)  # type: ignore[misc]
 
-        def run(*arguments: Any) -> Any:
-            nonlocal new
-            current = Run(capture, self._layers([arguments[position] for position in capture.gated]), self._path)
-            if delimits and current in self.active:
-                self.begin_forward()
-            self.scheduler.step()
-            if not self.active:
-                self.scheduler.compare_ranks()
-            self.active.append(current)
-            if new:
-                self.scheduler.check_budget(self.plan)
-                new = False
-            outputs = compiled(*arguments, self.gates.read(current.layers))
-            _watch_backward(outputs, capture)
-            return outputs
-
-        return run
+    def _run(self, capture: Capture, compiled: Callable[..., Any], arguments: Sequence[Any], delimits: bool) -> Any:
+        """Calls a compiled graph with the gates of the moment."""
+        run = Run(capture, self._layers([arguments[position] for position in capture.gated]), self._path)
+        if delimits and run in self.active:
+            self.begin_forward()
+        self.scheduler.step()
+        if not self.active:
+            self.scheduler.compare_ranks()
+        self.active.append(run)
+        if not capture.ran:
+            self.scheduler.check_budget(self.plan)
+            capture.ran = True
+        outputs = compiled(*arguments, self.gates.read(run.layers))
+        _watch_backward(outputs, capture)
+        return outputs
 
     def _layers(self, parameters: Sequence[Any]) -> tuple[int | None, ...]:
         """The layers of parameters; None for one without a gate, which another block had."""

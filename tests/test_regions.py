@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import timm
@@ -293,6 +295,16 @@ def test_undo_copies_and_evaluation_are_plain():
     assert all(module._compiled_call_impl is None for module in slim.modules())
     slim.train()(**inputs).loss.backward()
     assert all(gradient is not None for gradient in gradients(slim).values())
+
+
+def test_a_session_dies_with_its_model():
+    model, inputs = bert(2)
+    slim = transformed(model, regions="blocks")
+    slim(**inputs).loss.backward()
+    alive = weakref.ref(session_of(slim))
+    del slim
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_block_that_is_compiled_already_is_refused():

@@ -303,7 +303,6 @@ def test_a_scheduler_dies_with_its_model():
     alive = weakref.ref(slimfit_fx.scheduler(model))
     assert len(_global_optimizer_pre_hooks) == before + 1
     del model
-    torch._dynamo.reset()
     gc.collect()
     assert alive() is None
     assert len(_global_optimizer_pre_hooks) == before
