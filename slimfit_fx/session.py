@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -99,13 +100,9 @@ class Session:
     def compiled(self, regions: Sequence[Region]) -> list[Callable[..., Any]]:
         """For each region a function that calls its module with compiled graphs, which regions of a kind share.
 
-        Dynamo keeps backends for ever, and so ours does not hold the session.
+        Dynamo keeps backends for ever, and compiled graphs for longer than the model; so ours do not hold the session.
         """
-        compile = weakref.WeakMethod(self.compile)
-
-        def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            return compile()(module, inputs)  # type: ignore[misc]  (who runs a region has a session)
-
+        backend = _weak(self.compile)
         kinds = {region.kind: type(region.module).__name__ for region in regions}
         functions = {kind: torch.compile(_own_code(name), backend=backend) for kind, name in kinds.items()}
 
@@ -138,10 +135,9 @@ class Session:
         rules = CodecRules(self.config.preset, self.config.codecs, self._path)
         compiled = compile_capture(module, inputs, capture, rules, self.config.mode)
         self.captures.append(capture)
-        run = weakref.WeakMethod(self._run)  # Dynamo keeps what is returned for longer than the model
-        return lambda *arguments: run()(capture, compiled, arguments, delimits)  # type: ignore[misc]
+        return functools.partial(_weak(self._run), capture, compiled, delimits)
 
-    def _run(self, capture: Capture, compiled: Callable[..., Any], arguments: Sequence[Any], delimits: bool) -> Any:
+    def _run(self, capture: Capture, compiled: Callable[..., Any], delimits: bool, *arguments: Any) -> Any:
         """Calls a compiled graph with the gates of the moment."""
         run = Run(capture, self._layers([arguments[position] for position in capture.gated]), self._path)
         if delimits and run in self.active:
@@ -167,6 +163,19 @@ class Session:
                 "slimfit_fx.undo(model) and transform it again."
             )
         return layers
+
+
+def _weak(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` without a hold on its object."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        alive = reference()
+        if alive is None:
+            raise StateError("slimfit_fx.undo ended this: call the model that it returned, or torch.compile that again")
+        return alive(*args, **kwargs)
+
+    return call
 
 
 def _own_code(name: str) -> FunctionType:

@@ -215,6 +215,14 @@ def test_entry_point(model):
     assert slimfit_fx.report(compiled).saved_bytes_before > slimfit_fx.report(compiled).saved_bytes_after
 
 
+def test_a_compiled_module_that_was_undone_says_so(model):
+    compiled = torch.compile(model, backend="slimfit_fx", options={"mode": "eager"})
+    compiled(torch.ones(3, 4)).sum().backward()
+    assert slimfit_fx.undo(compiled) is model
+    with pytest.raises(slimfit_fx.StateError, match="undo ended this"):
+        compiled(torch.ones(3, 4))
+
+
 def test_entry_point_takes_modules_only(model):
     compiled = torch.compile(lambda x: model(x), backend="slimfit_fx")
     with pytest.raises(Exception, match="backend='slimfit_fx' compiles modules"):
