@@ -112,14 +112,14 @@ def _keep_activations(
 ) -> dict[fx.Node, fx.Node]:
     """Inserts one `keep` for every activation that only matched products read in the backward."""
     products = {match.product for match in matches}
-    readers_of: dict[fx.Node, set[int]] = {}
+    gates_of: dict[fx.Node, set[int]] = {}
     for match in matches:
-        readers_of.setdefault(_rows(match), set()).add(match.gate)
+        gates_of.setdefault(_rows(match), set()).add(match.gate)
 
     kept = {}
     results = set(joint.outputs)
     held = {node for position, node in joint.inputs.items() if position not in joint.activations}
-    for activation, needed_by in readers_of.items():
+    for activation, needed_by in gates_of.items():
         base = base_of(activation)
         other = any(reader in backward and reader not in products for reader in readers(activation))
         given = base in held or base in results or activation in results
