@@ -6,14 +6,13 @@ weights of a part F of them frozen, (2 + (1 - F)) / 3 are left. Pointwise operat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils.flop_counter import flop_registry
 
-from slimfit_fx.graph import hint
+from slimfit_fx.graph import dependent_on_gradients, hint
 from slimfit_fx.transform import session_of
 
 _weight_gradient = torch.ops.slimfit_fx.weight_gradient.default
@@ -27,27 +26,17 @@ def flops_left(model: nn.Module) -> float:
     session = session_of(model)
     if session is None:
         raise ValueError(f"{type(model).__name__} is not transformed")
-    flags = session.gates.table.tolist()
     left = total = 0
     for run in session.active:
-        gates = [layer is None or flags[layer] for layer in run.layers]
+        gates = session.gates.read(run.layers)
         split = run.capture.split
-        nodes = (*split.forward.graph.nodes, *_with_gradients(split.backward.graph)) if split is not None else ()
+        nodes = (*split.forward.graph.nodes, *dependent_on_gradients(split.backward.graph)) if split is not None else ()
         for node in nodes:
             flops = _flops(node)
             total += flops
-            if node.target is not _weight_gradient or gates[node.args[3]]:  # type: ignore[call-overload]
+            if node.target is not _weight_gradient or gates[node.args[3]]:  # type: ignore[index]
                 left += flops
     return left / total
-
-
-def _with_gradients(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The nodes of a backward that depend on the gradient of an output."""
-    reached: set[fx.Node] = set()
-    for node in graph.nodes:
-        if (node.op == "placeholder" and "tangents" in node.name) or not reached.isdisjoint(node.all_input_nodes):
-            reached.add(node)
-            yield node
 
 
 def _flops(node: fx.Node) -> int:

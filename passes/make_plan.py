@@ -28,10 +28,11 @@ def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: Code
         gradients: what `gate_dynamic` returned.
         rules: which codec a saved tensor gets, by its role and its module.
     """
+    gates = split.gates
     inputs = {
         storage_of(node)
         for position, node in split.inputs().items()
-        if is_tensor(node) and position not in split.activations and node is not split.gates
+        if is_tensor(node) and position not in split.activations and node is not gates
     }
     counted = set(inputs)
     plan = Plan(gradients=list(gradients))
@@ -40,18 +41,19 @@ def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: Code
         kept = _kept(produced)
         value = (kept.args[0] if kept else produced).meta["val"]  # type: ignore[union-attr]
         rows = hint(value.shape[0]) if kept else 0
+        role = GATES if produced is gates else find_role(produced, taken)
         plan.saved.append(
             SavedTensor(
                 name=taken.name,
                 module=module_of(produced),
-                role=GATES if produced is split.gates else find_role(produced, taken),
+                role=role,
                 shape=tuple(int(size) if str(size).isdigit() else str(size) for size in value.shape),
                 dtype=str(value.dtype).removeprefix("torch."),
                 gates=tuple(kept.args[2]) if kept else (),  # type: ignore[arg-type]
                 nbytes=0 if storage in counted else storage_bytes(produced, rows),
                 borrowed=storage in inputs,
                 rows=rows,
-                rebuildable=rules.rebuild and produced is not split.gates,
+                rebuildable=rules.rebuild and role != GATES,
             )
         )
         counted.add(storage)

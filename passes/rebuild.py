@@ -59,9 +59,8 @@ def rebuild(split: SplitGraph, plan: Plan) -> None:
         wish = row.codec if isinstance(row.codec, Recompute) else None
         if wish is None and not row.rebuildable:
             continue
-        steps = (
-            recipes.find(produced, _recomputable, set(recipes.kept_inputs)) if wish else recipes.find(produced, _cheap)
-        )
+        allowed, savable = (_recomputable, recipes.kept_inputs) if wish else (_cheap, ())
+        steps = recipes.find(produced, allowed, savable)
         if wish:
             row.codec = wish.otherwise
         if steps is not None and not _compares(produced, steps):

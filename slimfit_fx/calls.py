@@ -12,10 +12,7 @@ from torch.utils._pytree import tree_leaves
 from .errors import BackendError, ModelError
 from .layers import check_sharding
 from .regions import Region
-from .session import Session
-
-# Trainer and accelerate may compile a model that is transformed already; their compiler would look through our calls
-_not_traced: Callable[[Any], Any] = torch.compiler.disable
+from .session import Session, not_traced
 
 
 def compile_calls(model: nn.Module, regions: Sequence[Region], session: Session) -> None:
@@ -33,10 +30,13 @@ def restore_calls(model: nn.Module, session: Session) -> None:
 
 
 def _model_call(model: nn.Module, session: Session) -> Callable[..., Any]:
-    """A call of the model: it begins a forward, in which regions run compiled. The model may be one itself."""
+    """A call of the model: it begins a forward, in which regions run compiled. The model may be one itself.
+
+    Trainer and accelerate may compile a model that is transformed already: their compiler has to leave it alone.
+    """
     inner = model._compiled_call_impl or model._call_impl
 
-    @_not_traced
+    @not_traced
     def call(*args: Any, **kwargs: Any) -> Any:
         if not _trains(model):
             return model._call_impl(*args, **kwargs)
@@ -56,7 +56,7 @@ def _region_call(
 ) -> Callable[..., Any]:
     """A call of a region: `compiled` while `model` trains."""
 
-    @_not_traced
+    @not_traced
     def call(*args: Any, **kwargs: Any) -> Any:
         if not _trains(model):
             return region.module._call_impl(*args, **kwargs)

@@ -119,13 +119,7 @@ class JointGraph:
 
     def backward_nodes(self) -> set[fx.Node]:
         """The nodes that depend on the gradient of an output: they can run in the backward only."""
-        closure: set[fx.Node] = set()
-        for node in self.graph.nodes:
-            if node.op == "output":
-                continue
-            if ("tangents" in node.name and node.op == "placeholder") or not closure.isdisjoint(node.all_input_nodes):
-                closure.add(node)
-        return closure
+        return dependent_on_gradients(self.graph)
 
     def insert(self, target: Callable[..., Any], args: tuple[Any, ...], *, before: fx.Node, origin: fx.Node) -> fx.Node:
         """Adds a call in front of the node `before`; its fake value is computed, its origin is that of `origin`."""
@@ -244,6 +238,17 @@ def inputs_of(graph: fx.Graph) -> dict[int, fx.Node]:
     """The primals of a graph by their position in the captured graph, whatever AOTAutograd did to their order."""
     primals = [node for node in graph.find_nodes(op="placeholder") if node.name.startswith("primals")]
     return {getattr(node.meta.get("desc"), "idx", order): node for order, node in enumerate(primals)}
+
+
+def dependent_on_gradients(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of a joint or backward graph that depend on the gradient of an output."""
+    closure: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        if ("tangents" in node.name and node.op == "placeholder") or not closure.isdisjoint(node.all_input_nodes):
+            closure.add(node)
+    return closure
 
 
 def gates_of(graph: fx.Graph) -> fx.Node:

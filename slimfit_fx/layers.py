@@ -12,7 +12,7 @@ from torch import nn
 
 from .config import Config
 from .errors import ConfigError, ModelError
-from .regions import find_regions
+from .regions import captured_modules
 from .roles import ROLES
 
 # What a classifier is called in models that do not say themselves where their head is.
@@ -40,7 +40,7 @@ def find_layers(model: nn.Module, config: Config) -> list[Layer]:
     """
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     norms = _norm_weights(model)
-    captured = {id(parameter) for region in find_regions(model, config) for parameter in region.module.parameters()}
+    captured = {id(parameter) for module in captured_modules(model, config) for parameter in module.parameters()}
     excluded = set(_match("never_gate", config.never_gate, trained))
     excluded |= {name for name, parameter in model.named_parameters() if id(parameter) not in captured}
     gated = [

@@ -33,7 +33,6 @@ def find_regions(model: nn.Module, config: Config) -> list[Region]:
     Repeated blocks are the members of a list or sequence of which two at least have the same structure. Of nested
     ones the outermost count: a layer, not the experts in it. A model without any is one region.
     """
-    modules = list(_split(model)) if config.regions == "blocks" else [model]
     paths = {module: path for path, module in model.named_modules()}
     overrides = [pattern for pattern in config.codecs if pattern not in ROLES]
 
@@ -42,7 +41,12 @@ def find_regions(model: nn.Module, config: Config) -> list[Region]:
         matches = tuple(bool(re.search(pattern, path)) for pattern in overrides for path in inside)
         return _structure(module), matches
 
-    return [Region(paths[module], module, kind(module)) for module in dict.fromkeys(modules)]
+    return [Region(paths[module], module, kind(module)) for module in captured_modules(model, config)]
+
+
+def captured_modules(model: nn.Module, config: Config) -> list[nn.Module]:
+    """The modules of the regions, each once."""
+    return list(dict.fromkeys(_split(model))) if config.regions == "blocks" else [model]
 
 
 def _split(module: nn.Module) -> Iterator[nn.Module]:

@@ -28,8 +28,8 @@ from .regions import Region
 from .scheduler import Scheduler
 
 _numbers = itertools.count()
-# a compiled optimizer step calls the hooks, and does not look into them
-_disable: Callable[[Any], Any] = torch.compiler.disable
+# what a compiler of the user's, of the optimizer step or of the whole model, calls and does not look into
+not_traced: Callable[[Any], Any] = torch.compiler.disable
 
 
 @dataclass(frozen=True)
@@ -196,12 +196,12 @@ def _listen_to_optimizers(scheduler: Scheduler) -> Callable[[], None]:
     """Calls the scheduler around every optimizer step of the process; returns what ends that."""
     alive = weakref.ref(scheduler)
 
-    @_disable
+    @not_traced
     def before(optimizer: Optimizer, *_: Any) -> None:
         if (target := alive()) is not None:
             target.before_optimizer_step(optimizer)
 
-    @_disable
+    @not_traced
     def after(optimizer: Optimizer, *_: Any) -> None:
         if (target := alive()) is not None:
             target.after_optimizer_step(optimizer)
