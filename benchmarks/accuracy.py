@@ -2,7 +2,8 @@
 
     python benchmarks/accuracy.py compile --rates 5e-5 1e-4 2e-4 --out benchmarks/results/accuracy-cpu.json
     python benchmarks/accuracy.py lora balanced --rates 2e-4 4e-4 8e-4 --out benchmarks/results/accuracy-cpu.json
-    python benchmarks/accuracy.py --show benchmarks/results/accuracy-cpu.json
+    python benchmarks/run.py benchmarks/suites/cpu-accuracy.json --out memory.json
+    python benchmarks/accuracy.py --show benchmarks/results/accuracy-cpu.json --memory memory.json --plot docs/pictures
 
 Each learning rate is tried with seed 0; the other seeds run at the one with the best validation accuracy. Data,
 model and loop are those of examples/finetune_text.py (48 tokens, batch 32, 3 epochs, AdamW with linear decay).
@@ -14,7 +15,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import finetune_text
 import methods
+import show
 import training
 from run import machine
 
@@ -32,15 +34,21 @@ Run = dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", choices=methods.METHODS, metavar="METHOD")
+    parser.add_argument("methods", nargs="*", type=known, metavar="METHOD")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4], help="learning rates to try")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--option", action="append", default=[], type=training.option, metavar="FIELD=VALUE")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--show", type=Path)
+    parser.add_argument("--show", type=Path, help="only print the table of this result")
+    parser.add_argument("--memory", type=Path, help="a result of run.py: what the methods need at the peak of a step")
+    parser.add_argument("--plot", type=Path, help="a folder for the picture of test error against that peak")
     options, passed_on = parser.parse_known_args(arguments)
     if options.show:
-        print(table(json.loads(options.show.read_text())["runs"]))
+        runs, peaks = json.loads(options.show.read_text())["runs"], total_peaks(options.memory)
+        print(table(runs, peaks))
+        if options.plot:
+            options.plot.mkdir(parents=True, exist_ok=True)
+            plot(runs, peaks).savefig(options.plot / f"{options.show.stem}.svg", bbox_inches="tight")
         return
     result = {"machine": machine(), "runs": []}
     if options.out and options.out.exists():
@@ -51,6 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
             if options.out:
                 options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result["runs"]))
+
+
+def known(method: str) -> str:
+    if method not in methods.METHODS:
+        raise argparse.ArgumentTypeError(f"no method {method!r}; there are {', '.join(methods.METHODS)}")
+    return method
 
 
 def wanted(method: str, options: argparse.Namespace, runs: Sequence[Run]) -> Iterator[Run]:
@@ -93,29 +107,68 @@ def trained(run: Run, arguments: Sequence[str]) -> Run:
     return result
 
 
-def table(runs: Sequence[Run]) -> str:
-    """A line per method at its best rate; accuracies in per cent."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(json.dumps([run["method"], run["option"]]), []).append(run)
+def table(runs: Sequence[Run], peaks: Mapping[str, int] | None = None) -> str:
+    """A line per method at its best rate; accuracies in per cent, their spread is the standard deviation of a run."""
     lines = []
-    for group in groups.values():
+    for name, group in by_method(runs).items():
         rate = best_rate(group)
-        best = [run for run in group if run["learning_rate"] == rate]
-        tests = [100 * run["test_accuracy"] for run in sorted(best, key=lambda run: run["seed"])]
-        options = " ".join(f"{name}={value}" for name, value in group[0]["option"].items())
+        best = at_best_rate(group)
+        tests = [100 * run["test_accuracy"] for run in best]
         lines.append(
             [
-                " ".join(filter(None, [group[0]["method"], options])),
+                name,
                 f"{rate:g}",
                 ", ".join(sorted({f"{run['learning_rate']:g}" for run in group} - {f"{rate:g}"})),
                 f"{100 * statistics.mean(run['validation_accuracy'] for run in best):.1f}",
                 ", ".join(f"{accuracy:.1f}" for accuracy in tests),
                 f"{statistics.mean(tests):.1f} ± {statistics.stdev(tests) if len(tests) > 1 else float('nan'):.1f}",
+                f"{peaks[name] / 2**20:.0f} MiB" if peaks and name in peaks else "",
             ]
         )
-    headings = ["method", "learning rate", "tried", "validation", "test, by seed", "mean"]
+    headings = ["method", "learning rate", "tried", "validation", "test, by seed", "mean", "total peak"]
     return tabulate(lines, headings, "github", disable_numparse=True)
+
+
+def plot(runs: Sequence[Run], peaks: Mapping[str, int]) -> Any:
+    """Test error against the total peak; the bars span the seeds."""
+    errors = {
+        name: [100 - 100 * run["test_accuracy"] for run in at_best_rate(group)]
+        for name, group in by_method(runs).items()
+        if name in peaks
+    }
+    points = {name: (peaks[name] / 2**20, statistics.mean(values)) for name, values in errors.items()}
+    figure = show.pareto(points, "", "weights, gradients, optimizer and activations at the peak, MiB", "test error, %")
+    axes = figure.axes[0]
+    axes.set(ylim=(None, None))
+    for name, values in errors.items():
+        axes.vlines(points[name][0], min(values), max(values), color="tab:gray", linewidth=1)
+    return figure
+
+
+def total_peaks(path: Path | None) -> dict[str, int]:
+    """Peak bytes of each method of a result of run.py, with all optimizer states; the median over rounds."""
+    rows: dict[str, list[int]] = {}
+    for cell in json.loads(path.read_text())["cells"] if path else []:
+        if "error" not in cell:
+            name = named(cell["cell"]["method"], cell["cell"].get("option", {}))
+            rows.setdefault(name, []).append(cell["total_bytes"] + cell["optimizer_bytes_to_come"])
+    return {name: int(statistics.median(values)) for name, values in rows.items()}
+
+
+def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(named(run["method"], run["option"]), []).append(run)
+    return groups
+
+
+def at_best_rate(runs: Sequence[Run]) -> list[Run]:
+    rate = best_rate(runs)
+    return sorted((run for run in runs if run["learning_rate"] == rate), key=lambda run: run["seed"])
+
+
+def named(method: str, option: Mapping[str, Any]) -> str:
+    return " ".join([method, *(f"{field}={value}" for field, value in option.items())])
 
 
 if __name__ == "__main__":

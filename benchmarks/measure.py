@@ -46,8 +46,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The cell's figures: bytes, seconds, and how many graphs were compiled.
 
     `saved_bytes` is what is in use after a forward, `peak_bytes` the most that is in use during a step, both above what
-    the step began with; `total_bytes` adds weights and optimizer states to the peak.
-    `predicted_bytes` is what the report says is saved; `flops_left` a floor of the time for matrix products.
+    the step began with; `total_bytes` adds weights and optimizer states to the peak, and `optimizer_bytes_to_come` are
+    those of layers that have not trained by then. `predicted_bytes` is what the report says is saved; `flops_left` a
+    floor of the time for matrix products.
     """
     torch.manual_seed(0)
     device = torch.device(options.device)
@@ -116,6 +117,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     figures["total_bytes"] = figures["weight_bytes"] + figures["optimizer_bytes"] + figures["peak_bytes"]
     if device.type == "cuda":
         figures["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    kept = methods.options(options.method, dict(options.option)).get("closed_state", "device") == "device"
+    figures["optimizer_bytes_to_come"] = optimizer_bytes_to_come(optimizer, options.optimizer) if kept else 0
     return {**vars(options), **figures}
 
 
@@ -127,6 +130,19 @@ def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     states = (value for state in optimizer.state.values() for value in state.values())
     return tensor_bytes(value for value in states if isinstance(value, Tensor))
+
+
+def optimizer_bytes_to_come(optimizer: torch.optim.Optimizer, kind: str) -> int:
+    """What the states of the parameters that have not been trained yet will take, by training copies of them."""
+    untrained = [p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state]
+    copies = [torch.zeros_like(parameter).requires_grad_() for parameter in untrained]
+    if not copies:
+        return 0
+    for copy in copies:
+        copy.grad = torch.zeros_like(copy)
+    other = OPTIMIZERS[kind](copies)
+    other.step()
+    return optimizer_bytes(other)
 
 
 def _nbytes(tensor: Tensor) -> int:

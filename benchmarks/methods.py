@@ -25,9 +25,14 @@ METHODS: Mapping[str, dict[str, Any]] = json.loads((Path(__file__).parent / "met
 
 
 def prepare(model: nn.Module, method: str, **overrides: Any) -> nn.Module:
-    """The model as the method trains it. `overrides` are options of the method beside those of methods.json."""
-    options = {**METHODS[method], **overrides}
-    return PREPARE[options.pop("prepare")](model, **options)
+    """The model as the method trains it, with its options."""
+    chosen = options(method, overrides)
+    return PREPARE[chosen.pop("prepare")](model, **chosen)
+
+
+def options(method: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's options in methods.json, and others beside or instead of them."""
+    return {**METHODS[method], **overrides}
 
 
 def is_slimfit(method: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,21 +75,26 @@ def table(cells: Sequence[Cell]) -> str:
 
 
 def plot(setting: str, cells: Sequence[Cell]) -> Any:
-    """Peak memory against step time, both relative to the baseline; what is not beaten in both is filled."""
-    from matplotlib.figure import Figure
-
+    """Peak memory against step time, both relative to the baseline."""
     points = {
         method: (ratio(cells, rows, "step_seconds"), ratio(cells, rows, "peak_bytes"))
         for method, rows in by_method(cells).items()
         if not any("error" in row for row in rows)
     }
+    return pareto(points, setting, "step time / torch.compile", "peak over base / torch.compile")
+
+
+def pareto(points: Mapping[str, tuple[float, float]], title: str, xlabel: str, ylabel: str) -> Any:
+    """Two costs of each method; a method that no other beats in both is filled."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5.5))
     axes = figure.add_subplot()
     for method, point in points.items():
         best = not any(other != point and beats(other, point) for other in points.values())
         axes.scatter(*point, color="tab:red" if best else "tab:gray", marker="o" if best else ".")
         axes.annotate(method, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="step time / torch.compile", ylabel="peak over base / torch.compile", title=setting, ylim=(0, None))
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=(0, None))
     axes.grid(alpha=0.3)
     return figure
 

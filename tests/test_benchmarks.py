@@ -86,7 +86,10 @@ def test_a_cell_is_measured(method, capsys):
     figures = measure.measure(measure.parse(command))
     weights = figures["weight_bytes"]
     assert figures["total_bytes"] >= weights + figures["optimizer_bytes"]
+    states = figures["optimizer_bytes"] + figures["optimizer_bytes_to_come"]
+    assert 1.7 * weights < states < 2 * weights  # which include buffers
     if method == "eager":
+        assert figures["optimizer_bytes_to_come"] == 0
         assert figures["gradient_bytes"] <= weights
         assert figures["optimizer_bytes"] > 1.9 * figures["gradient_bytes"]
     else:
@@ -156,6 +159,33 @@ def test_accuracy_tries_each_rate_once_and_goes_on_with_the_best(tmp_path, monke
     accuracy.main(command)
     assert len(asked) == 5
     assert "50.0, 50.0, 50.0" in accuracy.table(json.loads(out.read_text())["runs"])
+
+
+def test_accuracy_is_shown_against_memory(tmp_path, capsys):
+    runs = [
+        {"method": method, "option": option, "learning_rate": 1e-4, "seed": seed, "validation_accuracy": 0.5, **test}
+        for method, option in (("compile", {}), ("balanced", {"catch_up": 0.5}), ("lisa", {}))
+        for seed, test in enumerate([{"test_accuracy": 0.83}, {"test_accuracy": 0.85}])
+    ]
+    cells = [
+        {"cell": {"method": "compile"}, "total_bytes": 2**20, "optimizer_bytes_to_come": 0},
+        {
+            "cell": {"method": "balanced", "option": {"catch_up": 0.5}},
+            "total_bytes": 0,
+            "optimizer_bytes_to_come": 2**19,
+        },
+        {"cell": {"method": "lisa"}, "error": "boom"},
+    ]
+    result, memory = tmp_path / "accuracy.json", tmp_path / "memory.json"
+    result.write_text(json.dumps({"runs": runs}))
+    memory.write_text(json.dumps({"cells": cells}))
+    accuracy.main(["--show", str(result), "--memory", str(memory), "--plot", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "84.0 ± 1.4" in lines[2] and "1 MiB" in lines[2]
+    assert "MiB" not in lines[4]
+    assert (tmp_path / "accuracy.svg").exists()
+    axes = accuracy.plot(runs, accuracy.total_peaks(memory)).axes[0]
+    assert {text.get_text() for text in axes.texts} == {"compile", "balanced catch_up=0.5"}
 
 
 def test_an_accuracy_run(tiny_bert):
