@@ -7,10 +7,8 @@ import operator
 import torch
 from torch import fx
 
-from slimfit_fx.graph import aten, base_of, hint, is_pointwise, readers
+from slimfit_fx.graph import aten, base_of, hint, is_pointwise, keep_of, readers
 from slimfit_fx.roles import BORROWED
-
-_ops = torch.ops.slimfit_fx
 
 # The role of a saved tensor by the operator that reads it in the backward, as it was before decomposition. An operator
 # of the forward is among them where the backward computes it again. The first match counts.
@@ -65,8 +63,8 @@ def find_role(produced: fx.Node, taken: fx.Node) -> str:
     base, value = base_of(produced), produced.meta["val"]
     if base.op == "placeholder":
         return BORROWED
-    if base.target is _ops.keep.default:
-        return _linear_role(base)
+    if (kept := keep_of(produced)) is not None:
+        return _linear_role(kept)
     if value.dtype is torch.bool:
         return "dropout mask"
     if not value.is_floating_point():

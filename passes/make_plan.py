@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from slimfit_fx.graph import base_of, hint, is_tensor, storage_bytes, storage_of
+from slimfit_fx.graph import hint, is_tensor, keep_of, storage_bytes, storage_of
 from slimfit_fx.plan import GatedGradient, Plan, SavedTensor
 from slimfit_fx.presets import CodecRules
 from slimfit_fx.roles import GATES
@@ -38,7 +38,7 @@ def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: Code
     plan = Plan(gradients=list(gradients))
     for produced, taken in split.saved():
         storage = storage_of(produced)
-        kept = _kept(produced)
+        kept = keep_of(produced)
         value = (kept.args[0] if kept else produced).meta["val"]  # type: ignore[union-attr]
         rows = hint(value.shape[0]) if kept else 0
         role = GATES if produced is gates else find_role(produced, taken)
@@ -72,12 +72,6 @@ def _choose_codecs(plan: Plan, rules: CodecRules) -> None:
     for row, asked, codec in choices:
         if asked or row.nbytes * _SMALL >= largest:
             row.codec = codec
-
-
-def _kept(produced: fx.Node) -> fx.Node | None:
-    """The `keep` behind a saved tensor; the partitioner may hand over a view of it."""
-    base = base_of(produced)
-    return base if base.target is torch.ops.slimfit_fx.keep.default else None
 
 
 def module_of(node: fx.Node) -> str:

@@ -21,7 +21,7 @@ from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from slimfit_fx.codecs import Recompute
-from slimfit_fx.graph import VIEWS, aten, base_of, call, is_pointwise, is_tensor
+from slimfit_fx.graph import VIEWS, aten, base_of, call, is_pointwise, is_tensor, keep_of
 from slimfit_fx.plan import Plan, SavedTensor
 from slimfit_fx.split_graph import SplitGraph
 
@@ -121,7 +121,7 @@ class _Recipes:
         Kept tensors are no sources: they are empty when their gates are closed. `savable` inputs are: `replay` saves
         them.
         """
-        saved = {node for node, _ in self.split.saved() if base_of(node).target is not _ops.keep.default} - {wanted}
+        saved = {node for node, _ in self.split.saved() if keep_of(node) is None} - {wanted}
         views = _viewed(saved)
         steps: dict[fx.Node, _Step] = {}
         tried: set[fx.Node] = set()
@@ -180,8 +180,8 @@ def _kept_inputs(split: SplitGraph, plan: Plan, activations: Collection[fx.Node]
     """Those of `activations` that a `keep` hands over, with its row."""
     found = {}
     for produced, taken in split.saved():
-        kept = base_of(produced)
-        if kept.target is _ops.keep.default and (source := base_of(kept.args[0])) in activations:  # type: ignore[arg-type]
+        kept = keep_of(produced)
+        if kept is not None and (source := base_of(kept.args[0])) in activations:  # type: ignore[arg-type]
             row = plan.find(taken.name)
             if row is not None:
                 found[source] = row

@@ -212,6 +212,12 @@ def base_of(node: fx.Node) -> fx.Node:
     return node
 
 
+def keep_of(node: fx.Node) -> fx.Node | None:
+    """The `keep` that hands over the tensor which `node` is a view of, or is; None if the gates do not matter to it."""
+    base = base_of(node)
+    return base if base.target is torch.ops.slimfit_fx.keep.default else None
+
+
 def readers(node: fx.Node) -> Iterator[fx.Node]:
     """All nodes that read the values of `node`, directly or through views of the same tensor."""
     pending, seen = [base_of(node)], set()

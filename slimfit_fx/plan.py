@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from .codecs import Codec
+from .paths import joined
 
 
 @dataclass
@@ -108,7 +109,7 @@ class Plan:
         def place(tensor: SavedTensor) -> SavedTensor:
             found = [layers[gate] for gate in tensor.gates]
             gates = () if None in found else tuple(sorted({layer for layer in found if layer is not None}))
-            return replace(tensor, gates=gates, module=".".join(filter(None, (path, tensor.module))))
+            return replace(tensor, gates=gates, module=joined(path, tensor.module))
 
         gated = ((gradient, layers[gradient.gate]) for gradient in self.gradients)
         return Plan(

@@ -5,14 +5,13 @@ The table in docs/codecs.md says why: the gradient error of every codec in every
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from .codecs import BitMask, Codec, Derivative, FixedPoint, Quantize, Recompute, TopK, WhenFrozen
-from .roles import ROLES
+from .paths import joined, matches
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,9 @@ class CodecRules:
 
     def chosen(self, role: str, module: str, dtype: torch.dtype) -> tuple[bool, Codec | None]:
         """(whether an override says so, the codec)."""
-        path = ".".join(filter(None, (self.path, module)))
-        for key, codec in self.overrides.items():
-            applies = role not in _PRECISE and (codec is None or codec.accepts(dtype))
-            if key not in ROLES and applies and re.search(key, path):
+        for key in matches(self.overrides, joined(self.path, module)):
+            codec = self.overrides[key]
+            if role not in _PRECISE and (codec is None or codec.accepts(dtype)):
                 return True, codec
         if role in self.overrides:
             return True, self.overrides[role]

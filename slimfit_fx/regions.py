@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from .config import Config
-from .roles import ROLES
+from .paths import joined, matches
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,10 @@ def find_regions(model: nn.Module, config: Config) -> list[Region]:
     ones the outermost count: a layer, not the experts in it. A model without any is one region.
     """
     paths = {module: path for path, module in model.named_modules()}
-    overrides = [pattern for pattern in config.codecs if pattern not in ROLES]
 
     def kind(module: nn.Module) -> Hashable:
-        inside = [".".join(filter(None, (paths[module], name))) for name, _ in module.named_modules()]
-        matches = tuple(bool(re.search(pattern, path)) for pattern in overrides for path in inside)
-        return _structure(module), matches
+        inside = (joined(paths[module], name) for name, _ in module.named_modules())
+        return _structure(module), tuple(tuple(matches(config.codecs, path)) for path in inside)
 
     return [Region(paths[module], module, kind(module)) for module in captured_modules(model, config)]
 
