@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import fx
 
-from slimfit_fx.graph import aten, base_of, hint, is_pointwise, keep_of, readers
+from slimfit_fx.graph import CONVERSIONS, aten, base_of, hint, is_pointwise, keep_of, readers
 from slimfit_fx.roles import BORROWED
 
 # The role of a saved tensor by the operator that reads it in the backward, as it was before decomposition. An operator
@@ -55,6 +56,8 @@ _BY_READER = {
 }
 _ACTIVATIONS = frozenset({"gelu", "silu", "relu", "hardswish", "mish", "elu", "leaky_relu", "softplus", "sigmoid"})
 
+_COPIES = CONVERSIONS | {aten.clone.default}
+_SQUARES = frozenset({aten.pow.Tensor_Scalar, aten.mul.Tensor, aten.square.default})
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int})
 
 
@@ -73,14 +76,24 @@ def find_role(produced: fx.Node, taken: fx.Node) -> str:
         return "statistics"
     if _are_scores(base):
         return "softmax output"
-    found = {operator_of(reader) for reader in readers(taken)}
-    return next((role for name, role in _BY_READER.items() if name in found), "other")
+    found = {operator_of(reader) for reader in _readers_of_copies(taken)}
+    role = next((role for name, role in _BY_READER.items() if name in found), None)
+    return role or ("logits" if _are_logits(base) else "norm input" if _is_normalized(base) else "other")
 
 
 def operator_of(node: fx.Node) -> str:
     """The name of the operator that a node computes, or is a part of the decomposition of."""
     original = node.meta.get("original_aten", node.target)
     return getattr(original, "__name__", str(original)).partition(".")[0]
+
+
+def _readers_of_copies(node: fx.Node) -> Iterator[fx.Node]:
+    """All nodes that read the values of `node`, also in another dtype, order or number."""
+    for reader in readers(node):
+        if reader.target in _COPIES:
+            yield from _readers_of_copies(reader)
+        else:
+            yield reader
 
 
 def _linear_role(kept: fx.Node) -> str:
@@ -98,17 +111,56 @@ def _linear_role(kept: fx.Node) -> str:
 
 def _are_scores(base: fx.Node) -> bool:
     """Whether a product of query and key goes into a softmax, by way of scaling and masks."""
-    if base.target is not aten.bmm.default:
+    return base.target is aten.bmm.default and _leads_to(base, _is_softmax, is_pointwise)
+
+
+def _are_logits(base: fx.Node) -> bool:
+    """Whether a loss reads the tensor, by way of soft caps or conversions."""
+    return _leads_to(base, _is_loss, is_pointwise)
+
+
+def _is_normalized(base: fx.Node) -> bool:
+    """Whether a norm reads the tensor, or a sum with it: the residual stream, or what is added to it."""
+    return _leads_to(base, _is_norm, _is_sum)
+
+
+def _is_softmax(node: fx.Node) -> bool:
+    return operator_of(node) in ("_softmax", "_safe_softmax") or node.target is aten.amax.default
+
+
+def _is_loss(node: fx.Node) -> bool:
+    return _BY_READER.get(operator_of(node)) == "logits"
+
+
+def _is_norm(node: fx.Node) -> bool:
+    return _BY_READER.get(operator_of(node)) == "norm input" or _is_mean_square(node)
+
+
+def _is_sum(node: fx.Node) -> bool:
+    scaled = node.target in (aten.mul.Tensor, aten.div.Tensor) and len(node.all_input_nodes) == 1
+    return scaled or node.target in (aten.add.Tensor, aten.sub.Tensor)
+
+
+def _is_mean_square(square: fx.Node) -> bool:
+    """Whether this is a square of which the mean over the last dimension scales the rows: an RMS norm written out."""
+    if square.target not in _SQUARES or len(square.all_input_nodes) != 1:
         return False
-    pending = list(readers(base))
+    means = [node for node in readers(square) if node.target is aten.mean.dim]
+    roots = (root for mean in means for shifted in readers(mean) for root in readers(shifted))
+    return any(root.target is aten.rsqrt.default for root in roots)
+
+
+def _leads_to(base: fx.Node, found: Callable[[fx.Node], bool], by_way_of: Callable[[fx.Node], bool]) -> bool:
+    """Whether one of the next 16 readers of a forward tensor is what is looked for."""
+    pending = [base]
     for _ in range(16):
         if not pending:
             return False
-        node = pending.pop(0)
-        if operator_of(node) in ("_softmax", "_safe_softmax") or node.target is aten.amax.default:
-            return True
-        if is_pointwise(node):
-            pending.extend(readers(node))
+        for node in _readers_of_copies(pending.pop(0)):
+            if found(node):
+                return True
+            if by_way_of(node):
+                pending.append(node)
     return False
 
 
