@@ -66,6 +66,58 @@ MODELS = {
 }
 
 
+def decoder(name: str, **more):
+    """A small decoder of transformers, with grouped queries, and what it learns from."""
+    config = getattr(transformers, f"{name}Config")(vocab_size=50, pad_token_id=0, **{**SMALL, **more})
+    return getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config), next_token()
+
+
+def translator(name: str, **more):
+    """A small encoder and decoder."""
+    config = getattr(transformers, f"{name}Config")(vocab_size=50, d_model=32, decoder_start_token_id=0, **more)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config), next_token()
+
+
+def classifier(name: str, **more):
+    config = getattr(transformers, f"{name}Config")(vocab_size=50, pad_token_id=0, **{**SMALL, **more})
+    config.problem_type = "single_label_classification"
+    return getattr(transformers, f"{name}ForSequenceClassification")(config), labelled_text()
+
+
+GROUPED = dict(num_key_value_heads=1, head_dim=16)
+# looked at once, with half of the layers frozen
+OTHERS = {
+    "distilbert": lambda: classifier("DistilBert", dim=32, n_layers=2, n_heads=2, hidden_dim=64),
+    "electra": lambda: classifier("Electra"),
+    "albert": lambda: classifier("Albert", embedding_size=16),
+    "deberta": lambda: classifier("DebertaV2", relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "modernbert": lambda: classifier("ModernBert"),
+    "opt": lambda: decoder("OPT", ffn_dim=64, word_embed_proj_dim=32),
+    "neox": lambda: decoder("GPTNeoX"),
+    "mistral": lambda: decoder("Mistral", **GROUPED),
+    "mixtral": lambda: decoder("Mixtral", num_local_experts=2, **GROUPED),
+    "qwen3": lambda: decoder("Qwen3", **GROUPED),
+    "gemma2": lambda: decoder("Gemma2", **GROUPED),
+    "phi3": lambda: decoder("Phi3", num_key_value_heads=1),
+    "t5": lambda: translator("T5", d_ff=64, d_kv=16, num_layers=2, num_heads=2),
+    "bart": lambda: translator("Bart", encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64),
+    "dinov2": lambda: (
+        transformers.Dinov2ForImageClassification(transformers.Dinov2Config(image_size=32, patch_size=8, **SMALL)),
+        pixels(labels=torch.randint(0, 2, (3,))),
+    ),
+    "timm_swin": lambda: (
+        timm.create_model(
+            "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(1, 2)
+        ),
+        {"x": torch.randn(3, 3, 32, 32)},
+    ),
+    "timm_convnext": lambda: (
+        timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=3),
+        {"x": torch.randn(3, 3, 32, 32)},
+    ),
+}
+
+
 @pytest.fixture(params=MODELS)
 def case(request):
     torch.manual_seed(0)
@@ -83,25 +135,38 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
 def test_forward_gradients_and_bytes(case, autocast, regions):
     model, inputs = case
     plain, slim = reference(model, regions=regions), transformed(model, freeze_rate=0.5, regions=regions)
-    gates = slimfit_fx.gates(slim)
-    close = tolerance(torch.bfloat16 if autocast else torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected, expected_gradients = run(plain, inputs)
+        expected = run(plain, inputs)
         for frozen in choices(slim):
-            gates.set(set(gates.names) - frozen)
-            assert slimfit_fx.gates(slim).closed == [name for name in gates.names if name in frozen]
-            outputs, found = run(slim, inputs)
-            assert all(map(torch.equal, tensors(outputs), tensors(expected)))
-            layer_of = gated_parameters(slim)
-            for name, gradient in expected_gradients.items():
-                if layer_of.get(name) in frozen:
-                    assert found[name] is None, name
-                else:
-                    torch.testing.assert_close(found[name], gradient, **close)
-            with given_to_regions(slim) as tables:
-                outputs = slim(**inputs)
-            held = {**inputs, **dict(enumerate(tables))}
-            assert slimfit_fx.report(slim).saved_bytes_after == handed_over(outputs, slim, held)
+            check(slim, inputs, frozen, expected, tolerance(torch.bfloat16 if autocast else torch.float32))
+
+
+def check(model, inputs, frozen: set[str], expected, close: dict[str, float]) -> None:
+    """With the layers `frozen`: outputs to the last bit, the open layers' gradients, and the bytes of the report."""
+    gates = slimfit_fx.gates(model)
+    gates.set(set(gates.names) - frozen)
+    assert gates.closed == [name for name in gates.names if name in frozen]
+    outputs, found = run(model, inputs)
+    expected_outputs, expected_gradients = expected
+    assert all(map(torch.equal, tensors(outputs), tensors(expected_outputs)))
+    layer_of = gated_parameters(model)
+    for name, gradient in expected_gradients.items():
+        if gradient is None or layer_of.get(name) in frozen:
+            assert found[name] is None, name
+        else:
+            torch.testing.assert_close(found[name], gradient, **close)
+    with given_to_regions(model) as tables:
+        outputs = model(**inputs)
+    held = {**inputs, **dict(enumerate(tables))}
+    assert slimfit_fx.report(model).saved_bytes_after == handed_over(outputs, model, held)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures(name):
+    torch.manual_seed(0)
+    model, inputs = OTHERS[name]()
+    plain, slim = reference(model.train()), transformed(model)
+    check(slim, inputs, choices(slim)[1], run(plain, inputs), tolerance(torch.float32))
 
 
 @contextmanager
