@@ -17,7 +17,17 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from slimfit_fx.codecs import Codec
-from slimfit_fx.graph import VIEWS, bytes_of, fake_result, hint, insertion_behind, origin_of, storage_bytes, storage_of
+from slimfit_fx.graph import (
+    VIEWS,
+    aten,
+    bytes_of,
+    fake_result,
+    hint,
+    insertion_behind,
+    origin_of,
+    storage_bytes,
+    storage_of,
+)
 from slimfit_fx.plan import Plan
 from slimfit_fx.split_graph import SplitGraph
 
@@ -45,7 +55,22 @@ def trace(function: Callable[..., Any], *arguments: Any) -> fx.GraphModule:
     if mode is None:
         raise AssertionError("codecs are traced with fake tensors")
     with mode:
-        return make_fx(function, decomposition_table=select_decomp_table())(*arguments)
+        traced = make_fx(function, decomposition_table=select_decomp_table())(*arguments)
+    _fold_views(traced.graph)
+    return traced
+
+
+def _fold_views(graph: fx.Graph) -> None:
+    """Views of views become one, and views that change nothing none: there are as many as there are computations, and
+    each costs the code generator as much."""
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        while (source := node.args[0]).target is aten.view.default:
+            node.update_arg(0, source.args[0])
+    for node in graph.nodes:
+        unmoved = node.target is aten.permute.default and node.args[1] == sorted(node.args[1])
+        if unmoved or node.target is aten.alias.default:
+            node.replace_all_uses_with(node.args[0])
+    graph.eliminate_dead_code()
 
 
 class _Traces(dict[str, fx.GraphModule]):

@@ -415,3 +415,18 @@ def test_trace_decomposes():
     traced = trace(lambda x: Quantize(4).encode(x), mode.from_tensor(torch.randn(4, 128)))
     assert {node.target.namespace for node in traced.graph.nodes if node.op == "call_function"} <= {"aten", "prims"}
     assert len(tensors(traced(torch.randn(4, 128)))) == 2
+
+
+@pytest.mark.parametrize("codec", [Quantize(8), Quantize(4, symmetric=False), BitMask()], ids=lambda codec: codec.label)
+def test_a_trace_has_no_views_of_views(codec):
+    mode, x = torch._subclasses.FakeTensorMode(), torch.randn(4, 6, 128)
+    x = x > 0 if isinstance(codec, BitMask) else x
+
+    def there_and_back(x):
+        return codec.decode(codec.encode(x.permute(0, 1, 2)), x.shape, x.dtype).permute(0, 1, 2)
+
+    traced = trace(there_and_back, mode.from_tensor(x))
+    views = traced.graph.find_nodes(op="call_function", target=aten.view.default)
+    assert all(view.args[0].target is not aten.view.default for view in views)
+    assert not traced.graph.find_nodes(op="call_function", target=aten.permute.default)
+    assert torch.equal(traced(x), there_and_back(x))

@@ -60,7 +60,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes.to(torch.uint8)
     lanes = codes.unflatten(-1, (per, codes.shape[-1] // per))
     # powers of two from their exponent bits: one term of a sum instead of one expression a lane
-    powers = (_lanes(per, codes.device) * (bits << 23) + (127 << 23)).view(torch.float32)
+    powers = _lanes(127 << 23, bits << 23, per, codes.device).view(torch.float32)
     return (lanes * powers).sum(-2).to(torch.uint8)
 
 
@@ -74,13 +74,14 @@ def unpack(packed: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Ten
     if per == 1:
         return packed.to(dtype)
     values = packed.to(torch.int32).unsqueeze(-2)
-    values = values.bitwise_right_shift(_lanes(per, packed.device) * bits)  # `>>` has no symbolic sizes (torch 2.13)
+    # `>>` has no symbolic sizes (torch 2.13)
+    values = values.bitwise_right_shift(_lanes(0, bits, per, packed.device))
     return (values & ((1 << bits) - 1)).to(dtype).flatten(-2)
 
 
-def _lanes(per: int, device: torch.device) -> Tensor:
-    """The number of each code of a byte, int32 [per, 1]."""
-    return torch.arange(per, dtype=torch.int32, device=device).unsqueeze(-1)
+def _lanes(start: int, step: int, per: int, device: torch.device) -> Tensor:
+    """A number for each code of a byte, from `start` in steps, int32 [per, 1]."""
+    return torch.arange(start, start + per * step, step, dtype=torch.int32, device=device).unsqueeze(-1)
 
 
 def _rows(shape: Sequence[int]) -> tuple[list[int], int]:
