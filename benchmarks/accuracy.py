@@ -40,8 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--option", action="append", default=[], type=training.option, metavar="FIELD=VALUE")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--show", type=Path, help="only print the table of this result")
-    parser.add_argument("--memory", type=Path, help="a result of run.py: what the methods need at the peak of a step")
-    parser.add_argument("--plot", type=Path, help="a folder for the picture of test error against that peak")
+    parser.add_argument("--memory", type=Path, help="a result of run.py: how much memory the methods need")
+    parser.add_argument("--plot", type=Path, help="a folder for the picture of test error against memory")
     options, passed_on = parser.parse_known_args(arguments)
     if options.show:
         runs, peaks = json.loads(options.show.read_text())["runs"], total_peaks(options.memory)
@@ -146,12 +146,12 @@ def plot(runs: Sequence[Run], peaks: Mapping[str, int]) -> Any:
 
 
 def total_peaks(path: Path | None) -> dict[str, int]:
-    """Peak bytes of each method of a result of run.py, with all optimizer states; the median over rounds."""
+    """What each method of a result of run.py needs, all optimizer states included, in bytes; the median over rounds."""
     rows: dict[str, list[int]] = {}
     for cell in json.loads(path.read_text())["cells"] if path else []:
         if "error" not in cell:
             name = named(cell["cell"]["method"], cell["cell"].get("option", {}))
-            rows.setdefault(name, []).append(cell["total_bytes"] + cell["optimizer_bytes_to_come"])
+            rows.setdefault(name, []).append(cell["total_bytes_max"] + cell["optimizer_bytes_to_come"])
     return {name: int(statistics.median(values)) for name, values in rows.items()}
 
 

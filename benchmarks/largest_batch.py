@@ -93,7 +93,7 @@ def _peak_of(cell: dict[str, Any]) -> Callable[[int], int | None]:
         with tempfile.TemporaryDirectory() as cache:
             figures = run.measured_once({**cell, "batch": batch, "steps": 1}, cache)
         if "error" not in figures:
-            return figures.get("reserved_bytes", figures["total_bytes"]) + figures["optimizer_bytes_to_come"]
+            return figures.get("reserved_bytes", figures["total_bytes_max"]) + figures["optimizer_bytes_to_come"]
         if "out of memory" in figures["error"].lower() or "killed" in figures["error"]:
             return None
         raise SystemExit(f"{cell['method']}, batch {batch}: {figures['error']}")

@@ -45,10 +45,11 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The cell's figures: bytes, seconds, and how many graphs were compiled.
 
-    `saved_bytes` is what is in use after a forward, `peak_bytes` the most that is in use during a step, both above what
-    the step began with; `total_bytes` adds weights and optimizer states to the peak, and `optimizer_bytes_to_come` are
-    those of layers that have not trained by then. `predicted_bytes` is what the report says is saved; `flops_left` a
-    floor of the time for matrix products.
+    `saved_bytes` is what is in use after a forward, `peak_bytes` the most that is in use during a step, both above
+    what the step began with; `total_bytes` adds the weights and the optimizer states of that moment.
+    `optimizer_bytes_to_come` are the states of layers that have not trained when all is measured. `predicted_bytes` is
+    what the report says is saved; `flops_left` a floor of the time for matrix products. Bytes are medians over the
+    steps; `_max`: of the step that took most, for instance because it trained a large embedding.
     """
     torch.manual_seed(0)
     device = torch.device(options.device)
@@ -60,6 +61,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS[options.optimizer](model.parameters() if options.method == "lisa" else parameters)
     autocast = torch.autocast(device.type, torch.bfloat16) if options.precision == "bf16" else nullcontext()
+    weight_bytes = tensor_bytes([*model.parameters(), *model.buffers()])
     memory = PeakMemory(device)
     slimfit = methods.is_slimfit(options.method)
     spent = _time_scheduler(slimfit_fx.scheduler(model)) if slimfit else [0.0]
@@ -67,6 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     def step() -> dict[str, float]:
         gc.collect()
         spent[0] = 0.0
+        held = weight_bytes + optimizer_bytes(optimizer)
         memory.start()
         start = time.perf_counter()
         with autocast:
@@ -88,6 +91,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "flops_left": floor.flops_left(model) if slimfit else 1.0,
             "gradient_bytes": gradients,
             "peak_bytes": memory.peak(),
+            "total_bytes": held + memory.peak(),
         }
 
     first = step()["seconds"]
@@ -102,7 +106,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "step_seconds": statistics.median(seconds),
         "step_seconds_spread": [seconds[0], seconds[-1]],
         "scheduler_seconds": statistics.mean(row["scheduler_seconds"] for row in rows),
-        "weight_bytes": tensor_bytes([*model.parameters(), *model.buffers()]),
+        "weight_bytes": weight_bytes,
         "gradient_bytes": max(row["gradient_bytes"] for row in rows),
         "optimizer_bytes": optimizer_bytes(optimizer),
         "saved_bytes": statistics.median(row["saved_bytes"] for row in rows),
@@ -111,10 +115,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "flops_left": statistics.mean(row["flops_left"] for row in rows),
         "peak_bytes": statistics.median(row["peak_bytes"] for row in rows),
         "peak_bytes_max": max(row["peak_bytes"] for row in rows),
+        "total_bytes": statistics.median(row["total_bytes"] for row in rows),
+        "total_bytes_max": max(row["total_bytes"] for row in rows),
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
     }
     figures["transient_bytes"] = figures["peak_bytes"] - max(figures["saved_bytes"], figures["gradient_bytes"])
-    figures["total_bytes"] = figures["weight_bytes"] + figures["optimizer_bytes"] + figures["peak_bytes"]
     if device.type == "cuda":
         figures["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
     kept = methods.options(options.method, dict(options.option)).get("closed_state", "device") == "device"

@@ -24,6 +24,7 @@ COLUMNS = (
     ("gradient_bytes", "gradients", False),
     ("optimizer_bytes", "optimizer", False),
     ("total_bytes", "total peak", True),
+    ("total_bytes_max", "most", True),
     ("step_seconds", "step", True),
     ("flops_left", "products left", False),
     ("first_step_seconds", "first step", True),
