@@ -121,7 +121,7 @@ def table(runs: Sequence[Run], peaks: Mapping[str, int] | None = None) -> str:
                 ", ".join(sorted({f"{run['learning_rate']:g}" for run in group} - {f"{rate:g}"})),
                 f"{100 * statistics.mean(run['validation_accuracy'] for run in best):.1f}",
                 ", ".join(f"{accuracy:.1f}" for accuracy in tests),
-                f"{statistics.mean(tests):.1f} ± {statistics.stdev(tests) if len(tests) > 1 else float('nan'):.1f}",
+                f"{statistics.mean(tests):.1f}" + (f" ± {statistics.stdev(tests):.1f}" if len(tests) > 1 else ""),
                 f"{peaks[name] / 2**20:.0f} MiB" if peaks and name in peaks else "",
             ]
         )
@@ -139,7 +139,7 @@ def plot(runs: Sequence[Run], peaks: Mapping[str, int]) -> Any:
     points = {name: (peaks[name] / 2**20, statistics.mean(values)) for name, values in errors.items()}
     figure = show.pareto(points, "", "weights, gradients, optimizer and activations at the peak, MiB", "test error, %")
     axes = figure.axes[0]
-    axes.set(ylim=(None, None))
+    axes.autoscale(axis="y")
     for name, values in errors.items():
         axes.vlines(points[name][0], min(values), max(values), color="tab:gray", linewidth=1)
     return figure

@@ -91,10 +91,11 @@ def pareto(points: Mapping[str, tuple[float, float]], title: str, xlabel: str, y
 
     figure = Figure(figsize=(8, 5.5))
     axes = figure.add_subplot()
-    for method, point in points.items():
+    for number, (method, point) in enumerate(sorted(points.items(), key=lambda item: item[1])):
         best = not any(other != point and beats(other, point) for other in points.values())
         axes.scatter(*point, color="tab:red" if best else "tab:gray", marker="o" if best else ".")
-        axes.annotate(method, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        above_or_below = (4, 4) if number % 2 else (4, -10)  # names of neighbours do not cover each other
+        axes.annotate(method, point, xytext=above_or_below, textcoords="offset points", fontsize=8)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=(0, None))
     axes.grid(alpha=0.3)
     return figure
