@@ -111,8 +111,8 @@ def table(runs: Sequence[Run], peaks: Mapping[str, int] | None = None) -> str:
     """A line per method at its best rate; accuracies in per cent, their spread is the standard deviation of a run."""
     lines = []
     for name, group in by_method(runs).items():
-        rate = best_rate(group)
         best = at_best_rate(group)
+        rate = best[0]["learning_rate"]
         tests = [100 * run["test_accuracy"] for run in best]
         lines.append(
             [
@@ -122,7 +122,7 @@ def table(runs: Sequence[Run], peaks: Mapping[str, int] | None = None) -> str:
                 f"{100 * statistics.mean(run['validation_accuracy'] for run in best):.1f}",
                 ", ".join(f"{accuracy:.1f}" for accuracy in tests),
                 f"{statistics.mean(tests):.1f}" + (f" ± {statistics.stdev(tests):.1f}" if len(tests) > 1 else ""),
-                f"{peaks[name] / 2**20:.0f} MiB" if peaks and name in peaks else "",
+                show.amount("total_bytes", peaks[name]) if peaks and name in peaks else "",
             ]
         )
     headings = ["method", "learning rate", "tried", "validation", "test, by seed", "mean", "total peak"]
@@ -139,7 +139,6 @@ def plot(runs: Sequence[Run], peaks: Mapping[str, int]) -> Any:
     points = {name: (peaks[name] / 2**20, statistics.mean(values)) for name, values in errors.items()}
     figure = show.pareto(points, "", "weights, gradients, optimizer and activations at the peak, MiB", "test error, %")
     axes = figure.axes[0]
-    axes.autoscale(axis="y")
     for name, values in errors.items():
         axes.vlines(points[name][0], min(values), max(values), color="tab:gray", linewidth=1)
     return figure

@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         _synchronize(device)
-        seconds = time.perf_counter() - start
+        seconds, peak = time.perf_counter() - start, memory.peak()
         # the gates are still those of this step
         return {
             "seconds": seconds,
@@ -90,8 +90,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "predicted_bytes": slimfit_fx.report(model).saved_bytes_after if slimfit else 0,
             "flops_left": floor.flops_left(model) if slimfit else 1.0,
             "gradient_bytes": gradients,
-            "peak_bytes": memory.peak(),
-            "total_bytes": held + memory.peak(),
+            "peak_bytes": peak,
+            "total_bytes": held + peak,
         }
 
     first = step()["seconds"]

@@ -82,7 +82,9 @@ def plot(setting: str, cells: Sequence[Cell]) -> Any:
         for method, rows in by_method(cells).items()
         if not any("error" in row for row in rows)
     }
-    return pareto(points, setting, "step time / torch.compile", "peak over base / torch.compile")
+    figure = pareto(points, setting, "step time / torch.compile", "peak over base / torch.compile")
+    figure.axes[0].set_ylim(bottom=0)
+    return figure
 
 
 def pareto(points: Mapping[str, tuple[float, float]], title: str, xlabel: str, ylabel: str) -> Any:
@@ -96,7 +98,7 @@ def pareto(points: Mapping[str, tuple[float, float]], title: str, xlabel: str, y
         axes.scatter(*point, color="tab:red" if best else "tab:gray", marker="o" if best else ".")
         above_or_below = (4, 4) if number % 2 else (4, -10)  # names of neighbours do not cover each other
         axes.annotate(method, point, xytext=above_or_below, textcoords="offset points", fontsize=8)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=(0, None))
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
     return figure
 

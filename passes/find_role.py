@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from slimfit_fx.graph import CONVERSIONS, aten, base_of, hint, is_pointwise, keep_of, readers
+from slimfit_fx.graph import COPIES, aten, base_of, hint, is_pointwise, keep_of, readers
 from slimfit_fx.roles import BORROWED
 
 # The role of a saved tensor by the operator that reads it in the backward, as it was before decomposition. An operator
@@ -56,7 +56,6 @@ _BY_READER = {
 }
 _ACTIVATIONS = frozenset({"gelu", "silu", "relu", "hardswish", "mish", "elu", "leaky_relu", "softplus", "sigmoid"})
 
-_COPIES = CONVERSIONS | {aten.clone.default}
 _SQUARES = frozenset({aten.pow.Tensor_Scalar, aten.mul.Tensor, aten.square.default})
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int})
 
@@ -90,7 +89,7 @@ def operator_of(node: fx.Node) -> str:
 def _readers_of_copies(node: fx.Node) -> Iterator[fx.Node]:
     """All nodes that read the values of `node`, also in another dtype, order or number."""
     for reader in readers(node):
-        if reader.target in _COPIES:
+        if reader.target in COPIES:
             yield from _readers_of_copies(reader)
         else:
             yield reader
@@ -151,7 +150,7 @@ def _is_mean_square(square: fx.Node) -> bool:
 
 
 def _leads_to(base: fx.Node, found: Callable[[fx.Node], bool], by_way_of: Callable[[fx.Node], bool]) -> bool:
-    """Whether one of the next 16 readers of a forward tensor is what is looked for."""
+    """Whether what is looked for reads a forward tensor, or one of the nearest 15 on the way from it."""
     pending = [base]
     for _ in range(16):
         if not pending:

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 from torch._functorch.partitioners import must_recompute
 
-from slimfit_fx.graph import CONVERSIONS, JointGraph, aten, base_of, next_of, readers
+from slimfit_fx.graph import CONVERSIONS, JointGraph, aten, base_of, dependent_on_gradients, next_of, readers
 from slimfit_fx.plan import GatedGradient
 
 _ops = torch.ops.slimfit_fx
@@ -56,7 +56,7 @@ def gate_dynamic(joint: JointGraph, gated: Sequence[int]) -> list[GatedGradient]
     gradients = joint.gradients()
     gate_of = {position: gate for gate, position in enumerate(gated) if position in gradients}
     gates = joint.gates
-    backward = joint.backward_nodes()
+    backward = dependent_on_gradients(joint.graph)
     linear = {}
     for position, gate in gate_of.items():
         match = _match(position, gate, gradients[position], backward)

@@ -48,6 +48,8 @@ VIEWS = frozenset(
 
 # Operators that give the same values in another dtype.
 CONVERSIONS = frozenset({aten._to_copy.default, torch.ops.prims.convert_element_type.default})
+# Operators that give the same values in memory of their own.
+COPIES = CONVERSIONS | {aten.clone.default}
 
 
 @dataclass
@@ -116,10 +118,6 @@ class JointGraph:
             descriptions = list(self._output.meta["desc"])
             self._output.meta["desc"] = [*descriptions[:end], None, *descriptions[end:]]
         self.extra_outputs += 1
-
-    def backward_nodes(self) -> set[fx.Node]:
-        """The nodes that depend on the gradient of an output: they can run in the backward only."""
-        return dependent_on_gradients(self.graph)
 
     def insert(self, target: Callable[..., Any], args: tuple[Any, ...], *, before: fx.Node, origin: fx.Node) -> fx.Node:
         """Adds a call in front of the node `before`; its fake value is computed, its origin is that of `origin`."""
@@ -236,8 +234,7 @@ def is_pointwise(node: fx.Node) -> bool:
     """Whether each element of the result depends on one element of each argument, and on nothing random."""
     tags = getattr(node.target, "tags", ())
     random = torch.Tag.nondeterministic_seeded in tags
-    copies = node.target in CONVERSIONS or node.target is aten.clone.default
-    return node.op == "call_function" and not random and (torch.Tag.pointwise in tags or copies)
+    return node.op == "call_function" and not random and (torch.Tag.pointwise in tags or node.target in COPIES)
 
 
 def inputs_of(graph: fx.Graph) -> dict[int, fx.Node]:
@@ -247,7 +244,7 @@ def inputs_of(graph: fx.Graph) -> dict[int, fx.Node]:
 
 
 def dependent_on_gradients(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes of a joint or backward graph that depend on the gradient of an output."""
+    """The nodes of a joint or backward graph that depend on an output's gradient: only the backward can run them."""
     closure: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "output":

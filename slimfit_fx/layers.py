@@ -12,6 +12,7 @@ from torch import nn
 
 from .config import Config
 from .errors import ConfigError, ModelError
+from .paths import matches
 from .regions import captured_modules
 from .roles import ROLES
 
@@ -68,8 +69,9 @@ def find_layers(model: nn.Module, config: Config) -> list[Layer]:
 def check_modules(model: nn.Module, config: Config) -> None:
     """Raises `ConfigError` if a codec is meant for modules that are not there."""
     paths = [name for name, _ in model.named_modules()]
+    found = {pattern for path in paths for pattern in matches(config.codecs, path)}
     for pattern in config.codecs:
-        if pattern not in ROLES and not any(re.search(pattern, path) for path in paths):
+        if pattern not in ROLES and pattern not in found:
             raise ConfigError(
                 f"codecs: {pattern!r} is no role ({', '.join(ROLES)}) and matches no module; "
                 f"modules are called {', '.join(paths[1:4])}"

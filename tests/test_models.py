@@ -67,9 +67,9 @@ MODELS = {
 
 
 def decoder(name: str, **more):
-    """A small decoder of transformers, with grouped queries, and what it learns from."""
+    """A small decoder of transformers, and what it learns from."""
     config = getattr(transformers, f"{name}Config")(vocab_size=50, pad_token_id=0, **{**SMALL, **more})
-    return getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config), next_token()
+    return getattr(transformers, f"{name}ForCausalLM")(config), next_token()
 
 
 def translator(name: str, **more):
