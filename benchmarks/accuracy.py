@@ -2,11 +2,12 @@
 
     python benchmarks/accuracy.py compile --rates 5e-5 1e-4 2e-4 --out benchmarks/results/accuracy-cpu.json
     python benchmarks/accuracy.py lora balanced --rates 2e-4 4e-4 8e-4 --out benchmarks/results/accuracy-cpu.json
+    python benchmarks/accuracy.py codecs-only --optimizer adamw8bit --out benchmarks/results/accuracy-cpu.json
     python benchmarks/run.py benchmarks/suites/cpu-accuracy.json --out memory.json
     python benchmarks/accuracy.py --show benchmarks/results/accuracy-cpu.json --memory memory.json --plot docs/pictures
 
 Each learning rate is tried with seed 0; the other seeds run at the one with the best validation accuracy. Data,
-model and loop are those of examples/finetune_text.py (48 tokens, batch 32, 3 epochs, AdamW with linear decay).
+model and loop are those of examples/finetune_text.py (48 tokens, batch 32, 3 epochs, linear decay).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("methods", nargs="*", type=known, metavar="METHOD")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4], help="learning rates to try")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--optimizer", choices=training.OPTIMIZERS, default="adamw")
     parser.add_argument("--option", action="append", default=[], type=training.option, metavar="FIELD=VALUE")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--show", type=Path, help="only print the table of this result")
@@ -72,7 +74,7 @@ def wanted(method: str, options: argparse.Namespace, runs: Sequence[Run]) -> Ite
 
     `runs` grows while this goes on.
     """
-    key = {"method": method, "option": dict(options.option)}
+    key = {"method": method, "option": dict(options.option), "optimizer": options.optimizer}
 
     def missing(rate: float, seed: int) -> Iterator[Run]:
         run = {**key, "learning_rate": rate, "seed": seed}
@@ -94,7 +96,9 @@ def best_rate(runs: Sequence[Run]) -> float:
 
 def trained(run: Run, arguments: Sequence[str]) -> Run:
     """Trains once, as examples/finetune_text.py does with these arguments; returns accuracies and costs."""
-    options = finetune_text.parse(["--epochs", "3", *arguments, "--seed", str(run["seed"])])
+    options = finetune_text.parse(
+        ["--epochs", "3", *arguments, "--seed", str(run["seed"]), "--optimizer", run["optimizer"]]
+    )
     torch.manual_seed(run["seed"])
     torch.compiler.reset()
     model, sets = finetune_text.load(options)
@@ -149,7 +153,7 @@ def total_peaks(path: Path | None) -> dict[str, int]:
     rows: dict[str, list[int]] = {}
     for cell in json.loads(path.read_text())["cells"] if path else []:
         if "error" not in cell:
-            name = named(cell["cell"]["method"], cell["cell"].get("option", {}))
+            name = named(cell["cell"])
             rows.setdefault(name, []).append(cell["total_bytes_max"] + cell["optimizer_bytes_to_come"])
     return {name: int(statistics.median(values)) for name, values in rows.items()}
 
@@ -157,7 +161,7 @@ def total_peaks(path: Path | None) -> dict[str, int]:
 def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(named(run["method"], run["option"]), []).append(run)
+        groups.setdefault(named(run), []).append(run)
     return groups
 
 
@@ -166,8 +170,11 @@ def at_best_rate(runs: Sequence[Run]) -> list[Run]:
     return sorted((run for run in runs if run["learning_rate"] == rate), key=lambda run: run["seed"])
 
 
-def named(method: str, option: Mapping[str, Any]) -> str:
-    return " ".join([method, *(f"{field}={value}" for field, value in option.items())])
+def named(run: Mapping[str, Any]) -> str:
+    """A run or a cell by its method, what was changed in it, and its optimizer if that is not AdamW."""
+    option = [f"{field}={value}" for field, value in run.get("option", {}).items()]
+    optimizer = [] if run["optimizer"] == "adamw" else [run["optimizer"]]
+    return " ".join([run["method"], *option, *optimizer])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import measure
 import methods
 import models
 import run
+import training
 from tabulate import tabulate
 
 import slimfit_fx
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", choices=models.MODELS, default="minilm")
     parser.add_argument("--length", type=int, default=None, help="tokens, or pixels a side; default: the model's")
     parser.add_argument("--precision", choices=measure.PRECISIONS, default="fp32")
-    parser.add_argument("--optimizer", choices=measure.OPTIMIZERS, default="adamw")
+    parser.add_argument("--optimizer", choices=training.OPTIMIZERS, default="adamw")
     parser.add_argument("--out", type=Path, default=None, help="where the result goes, as JSON")
     options = parser.parse_args(arguments)
     limit = slimfit_fx.Config(memory_budget=options.memory).budget

@@ -34,12 +34,7 @@ import slimfit_fx
 
 WARM_UP = 2
 PRECISIONS = ("fp32", "tf32", "bf16")
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    # without state: the activations are what is looked at
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-4),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
-    "adamw8bit": lambda parameters: _adamw8bit(parameters),
-}
+LEARNING_RATE = 1e-4
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +54,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = methods.prepare(model.to(device), options.method, **dict(options.option))
     inputs = {name: value.to(device) for name, value in inputs.items()}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = OPTIMIZERS[options.optimizer](model.parameters() if options.method == "lisa" else parameters)
+    optimizer = training.OPTIMIZERS[options.optimizer](
+        model.parameters() if options.method == "lisa" else parameters, LEARNING_RATE
+    )
     autocast = torch.autocast(device.type, torch.bfloat16) if options.precision == "bf16" else nullcontext()
     weight_bytes = tensor_bytes([*model.parameters(), *model.buffers()])
     memory = PeakMemory(device)
@@ -145,7 +142,7 @@ def optimizer_bytes_to_come(optimizer: torch.optim.Optimizer, kind: str) -> int:
         return 0
     for copy in copies:
         copy.grad = torch.zeros_like(copy)
-    other = OPTIMIZERS[kind](copies)
+    other = training.OPTIMIZERS[kind](copies, LEARNING_RATE)
     other.step()
     return optimizer_bytes(other)
 
@@ -155,12 +152,6 @@ def _nbytes(tensor: Tensor) -> int:
         return tensor.numel() * tensor.element_size()
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     return sum(_nbytes(getattr(tensor, name)) for name in names)
-
-
-def _adamw8bit(parameters: Any) -> torch.optim.Optimizer:
-    from torchao.optim import AdamW8bit
-
-    return AdamW8bit(parameters, lr=1e-4)
 
 
 def _time_scheduler(scheduler: slimfit_fx.Scheduler) -> list[float]:
@@ -192,7 +183,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=None, help="default: the model's")
     parser.add_argument("--length", type=int, default=None, help="tokens, or pixels a side; default: the model's")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
+    parser.add_argument("--optimizer", choices=training.OPTIMIZERS, default="sgd")
     parser.add_argument("--config", action="append", default=[], type=training.option, metavar="FIELD=VALUE")
     parser.add_argument("--option", action="append", default=[], type=training.option, metavar="FIELD=VALUE")
     parser.add_argument("--steps", type=int, default=9, help="0: only the first, with its compilation")

@@ -25,8 +25,11 @@ METHODS: Mapping[str, dict[str, Any]] = json.loads((Path(__file__).parent / "met
 
 
 def prepare(model: nn.Module, method: str, **overrides: Any) -> nn.Module:
-    """The model as the method trains it, with its options."""
+    """The model as the method trains it, with its options; parameters that `fixed` finds by name do not train."""
     chosen = options(method, overrides)
+    if fixed := chosen.pop("fixed", None):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not re.search(fixed, name))
     return PREPARE[chosen.pop("prepare")](model, **chosen)
 
 

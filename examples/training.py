@@ -6,7 +6,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,12 @@ import slimfit_fx
 
 # From the tensors of a batch to the arguments of a transformers model, labels included.
 ToInputs = Callable[[list[Tensor]], dict[str, Tensor]]
+# From parameters and a learning rate; SGD has no states, so that a benchmark sees the activations.
+OPTIMIZERS: Mapping[str, Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters, rate: torch.optim.SGD(parameters, lr=rate),
+    "adamw": lambda parameters, rate: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01),
+    "adamw8bit": lambda parameters, rate: _adamw8bit(parameters, rate),
+}
 
 
 def parser(description: str | None, epochs: int, learning_rate: float, baseline_learning_rate: float):
@@ -35,6 +41,7 @@ def parser(description: str | None, epochs: int, learning_rate: float, baseline_
         default=None,
         help=f"default: {learning_rate:g}, for the baselines {baseline_learning_rate:g}",
     )
+    options.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, help="adamw8bit: needs torchao")
     options.add_argument("--plot", type=Path, default=None, help="save pictures of the run in this folder")
     options.add_argument("--epochs", type=int, default=epochs)
     options.add_argument("--steps", type=int, default=0, help="instead of whole epochs")
@@ -112,10 +119,10 @@ def run(
 def train(
     model: nn.Module, data: TensorDataset, to_inputs: ToInputs, options: argparse.Namespace, learning_rate: float
 ) -> dict[str, Any]:
-    """AdamW with linear decay; batches of one size, so that one graph serves them all."""
+    """The optimizer with linear decay; batches of one size, so that one graph serves them all."""
     order = torch.Generator().manual_seed(options.seed)
     batches = DataLoader(data, batch_size=options.batch, shuffle=True, drop_last=True, generator=order)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    optimizer = OPTIMIZERS[options.optimizer](model.parameters(), learning_rate)
     steps = options.steps or options.epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     device = torch.device(options.device)
@@ -145,6 +152,12 @@ def train(
         "first_step_seconds": seconds[0],
         "peak_bytes": memory.peak(),
     }
+
+
+def _adamw8bit(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=rate, weight_decay=0.01)
 
 
 def save_pictures(model: nn.Module, data: TensorDataset, to_inputs: ToInputs, options: argparse.Namespace) -> None:
