@@ -49,8 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         runs, peaks = json.loads(options.show.read_text())["runs"], total_peaks(options.memory)
         print(table(runs, peaks))
         if options.plot:
-            options.plot.mkdir(parents=True, exist_ok=True)
-            plot(runs, peaks).savefig(options.plot / f"{options.show.stem}.svg", bbox_inches="tight")
+            show.save(plot(runs, peaks), options.plot, options.show.stem)
         return
     result = {"machine": machine(), "runs": []}
     if options.out and options.out.exists():
@@ -114,7 +113,7 @@ def trained(run: Run, arguments: Sequence[str]) -> Run:
 def table(runs: Sequence[Run], peaks: Mapping[str, int] | None = None) -> str:
     """A line per method at its best rate; accuracies in per cent, their spread is the standard deviation of a run."""
     lines = []
-    for name, group in by_method(runs).items():
+    for name, group in show.grouped(runs, named).items():
         best = at_best_rate(group)
         rate = best[0]["learning_rate"]
         tests = [100 * run["test_accuracy"] for run in best]
@@ -137,7 +136,7 @@ def plot(runs: Sequence[Run], peaks: Mapping[str, int]) -> Any:
     """Test error against the total peak; the bars span the seeds."""
     errors = {
         name: [100 - 100 * run["test_accuracy"] for run in at_best_rate(group)]
-        for name, group in by_method(runs).items()
+        for name, group in show.grouped(runs, named).items()
         if name in peaks
     }
     points = {name: (peaks[name] / 2**20, statistics.mean(values)) for name, values in errors.items()}
@@ -150,19 +149,11 @@ def plot(runs: Sequence[Run], peaks: Mapping[str, int]) -> Any:
 
 def total_peaks(path: Path | None) -> dict[str, int]:
     """What each method of a result of run.py needs, all optimizer states included, in bytes; the median over rounds."""
-    rows: dict[str, list[int]] = {}
-    for cell in json.loads(path.read_text())["cells"] if path else []:
-        if "error" not in cell:
-            name = named(cell["cell"])
-            rows.setdefault(name, []).append(cell["total_bytes_max"] + cell["optimizer_bytes_to_come"])
-    return {name: int(statistics.median(values)) for name, values in rows.items()}
-
-
-def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(named(run), []).append(run)
-    return groups
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if "error" not in cell] if path else []
+    return {
+        name: int(statistics.median(row["total_bytes_max"] + row["optimizer_bytes_to_come"] for row in rows))
+        for name, rows in show.grouped(cells, lambda cell: named(cell["cell"])).items()
+    }
 
 
 def at_best_rate(runs: Sequence[Run]) -> list[Run]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +44,17 @@ def main() -> None:
         for number, (setting, cells) in enumerate(settings(result["cells"]).items()):
             print(f"\n{setting}\n\n{table(cells)}\n")
             if options.plot:
-                options.plot.mkdir(parents=True, exist_ok=True)
-                plot(setting, cells).savefig(options.plot / f"{path.stem}-{number}.svg", bbox_inches="tight")
+                save(plot(setting, cells), options.plot, f"{path.stem}-{number}")
 
 
 def settings(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Cells by setting: everything but method and round, in words."""
-    groups: dict[str, list[Cell]] = {}
-    for entry in cells:
+
+    def setting(entry: Cell) -> str:
         rest = {key: value for key, value in sorted(entry["cell"].items()) if key not in ("method", "round", "steps")}
-        title = ", ".join(str(v) if isinstance(v, str) else f"{k} {json.dumps(v)}" for k, v in rest.items())
-        groups.setdefault(title, []).append(entry)
-    return groups
+        return ", ".join(str(v) if isinstance(v, str) else f"{k} {json.dumps(v)}" for k, v in rest.items())
+
+    return grouped(cells, setting)
 
 
 def table(cells: Sequence[Cell]) -> str:
@@ -108,9 +107,14 @@ def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 def by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    return grouped(cells, lambda entry: entry["cell"]["method"])
+
+
+def grouped(rows: Iterable[Cell], name: Callable[[Cell], str]) -> dict[str, list[Cell]]:
+    """Rows by name, names in the order of their first rows."""
     groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(cell["cell"]["method"], []).append(cell)
+    for row in rows:
+        groups.setdefault(name(row), []).append(row)
     return groups
 
 
@@ -124,6 +128,11 @@ def ratio(cells: Sequence[Cell], rows: Sequence[Cell], figure: str) -> float:
         if baseline.get(row["cell"]["round"], {}).get(figure)
     ]
     return statistics.median(ratios) if ratios else float("nan")
+
+
+def save(figure: Any, folder: Path, name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.svg", bbox_inches="tight")
 
 
 def amount(figure: str, value: float) -> str:

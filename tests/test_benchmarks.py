@@ -25,6 +25,7 @@ import measure  # noqa: E402
 import methods  # noqa: E402
 import models  # noqa: E402
 import run  # noqa: E402
+import scaling  # noqa: E402
 import show  # noqa: E402
 
 import slimfit_fx  # noqa: E402
@@ -117,6 +118,28 @@ def test_a_table_has_ratios_within_rounds_and_failures():
     assert "failed: boom" in text
     axes = show.plot(setting, group).axes[0]
     assert {label.get_text() for label in axes.texts} == {"compile", "balanced"}
+
+
+def test_a_line_holds_everything_else_still_and_has_the_baseline_beside_it(tmp_path):
+    suite = json.loads((ROOT / "benchmarks" / "suites" / "cpu-scaling.json").read_text())
+    cells = [{"cell": cell, **dict.fromkeys(scaling.FIGURES, 2.0**20)} for cell in run.cells(suite)]
+    cells[-1] = {"cell": cells[-1]["cell"], "error": "boom"}
+    lines = list(scaling.lines(cells))
+    assert {line.axis: [value for value, _, _ in line.points] for line in lines} == {
+        "layers": [2, 6, 12],
+        "width": [192, 384, 768],
+        "batch": [8, 16, 32, 64],
+        "length": [48, 128, 256, 512],
+        "freezing rate": [0.0, 0.5, 0.75, 0.9, 0.95],
+    }
+    for line in lines:
+        for value, base, entry in line.points:
+            where = scaling.place(entry["cell"])
+            assert where == {**line.fixed, line.axis: value}
+            assert scaling.place(base["cell"]).items() < where.items()
+        assert "1 MiB (1.00x)" in scaling.table(line)
+    scaling.show.save(scaling.plot(lines), tmp_path / "pictures", "scaling")
+    assert (tmp_path / "pictures" / "scaling.svg").exists()
 
 
 def test_a_suite_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
