@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -267,6 +267,25 @@ def test_gates_change_only_after_an_optimizer_step():
         assert len(sets) == 1
         optimizer.step()
         optimizer.zero_grad()
+
+
+@settings(max_examples=10)
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=6))
+def test_a_layer_that_the_user_freezes_takes_no_turn(steps):
+    """With `requires_grad`, at any time and again: of the others just the asked number is closed."""
+    model = slimfit_fx.transform(small_model(), mode="eager", freeze_rate=0.6, always_open=["4"])
+    gates, scheduler, optimizer = slimfit_fx.gates(model), slimfit_fx.scheduler(model), train(model, 1)
+    for thawed in steps:
+        for layer, trains in zip(model, thawed, strict=True):
+            layer.weight.requires_grad_(trains)
+        scheduler.step()
+        assert not any(f"{i}.weight" in gates.open for i in range(5) if not thawed[i])
+        left = sum(thawed[:4])
+        assert len([name for name in gates.open if name != "4.weight"]) == left - int(0.6 * left)
+        assert ("4.weight" in gates.open) == thawed[4]
+        assert scheduler.freeze_rate == (int(0.6 * left) / left if left else 0)
+        train(model, 1, optimizer)
+        assert [layer.weight.grad is None for layer in model] == [f"{i}.weight" in gates.closed for i in range(5)]
 
 
 def test_two_optimizers_share_a_step():

@@ -84,10 +84,10 @@ class Scheduler:
 
     @property
     def freeze_rate(self) -> float:
-        """The part of the closable layers that is closed at the present step."""
-        closable = sum(self._closable)
-        closed = sum(not is_open for is_open in self.gates.table.tolist())
-        return closed / closable if closable else 0.0
+        """The part of the closable layers that is closed at the present step; without those that the user froze."""
+        flags, trains = self.gates.table.tolist(), self._trains()
+        gated = [flags[layer] for layer, may_close in enumerate(self._closable) if may_close and trains[layer]]
+        return gated.count(False) / len(gated) if gated else 0.0
 
     def optimizer_bytes(self) -> tuple[int, int]:
         """Bytes of the layers' optimizer states: (on the layers' devices, on the host)."""
@@ -221,15 +221,21 @@ class Scheduler:
     def _select(self) -> None:
         state, budget = self._state, self._config.budget
         priority, held = self._policy.priority(state), held_open(state, self._config.min_open_steps)
+        trains = self._trains()
+        closable = [may_close and alive for may_close, alive in zip(self._closable, trains, strict=True)]
         if budget is None:
-            closed = int(freeze_rate_at(self._config, state.step) * sum(self._closable))
-            flags = select(priority, self._closable, closed, held)
+            closed = int(freeze_rate_at(self._config, state.step) * sum(closable))
+            flags = select(priority, closable, closed, held)
         elif self.plan is None:
-            flags = tuple(not may_close for may_close in self._closable)  # what the others cost is not known yet
+            flags = tuple(not may_close for may_close in closable)  # what the others cost is not known yet
         else:
-            flags = choose_open(self.plan, priority, held, self._closable, budget)
-        self.gates.set_flags(flags)
+            flags = choose_open(self.plan, priority, held, closable, budget)
+        self.gates.set_flags([is_open and alive for is_open, alive in zip(flags, trains, strict=True)])
         self.history.append(Choice(state.step, tuple(self.gates.open), array("f", priority)))
+
+    def _trains(self) -> list[bool]:
+        """For each layer whether the user lets it train: whether anything of it requires a gradient."""
+        return [any(parameter.requires_grad for parameter in members) for members in self._members]
 
     def _learn(self) -> None:
         """Hands the policy what was measured at the step before the last."""
