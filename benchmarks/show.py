@@ -136,7 +136,7 @@ def save(figure: Any, folder: Path, name: str) -> None:
 
 
 def amount(figure: str, value: float) -> str:
-    if figure.endswith("bytes"):
+    if "bytes" in figure:
         return f"{value / 2**20:.0f} MiB"
     return f"{value:.2f}x" if figure == "flops_left" else f"{value:.2f} s"
 

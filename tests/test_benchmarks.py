@@ -115,6 +115,7 @@ def test_a_table_has_ratios_within_rounds_and_failures():
     text = show.table(group)
     assert setting == "bert4"
     assert "2.00 s (0.50x)" in text
+    assert text.splitlines()[-2].count(" MiB") == sum("bytes" in name for name, *_ in show.COLUMNS)
     assert "failed: boom" in text
     axes = show.plot(setting, group).axes[0]
     assert {label.get_text() for label in axes.texts} == {"compile", "balanced"}
