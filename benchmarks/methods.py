@@ -39,7 +39,7 @@ def options(method: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_slimfit(method: str) -> bool:
-    return METHODS[method]["prepare"] == "slimfit"
+    return METHODS[method]["prepare"] in ("slimfit", "slimfit_lora")
 
 
 def eager(model: nn.Module) -> nn.Module:
@@ -84,11 +84,20 @@ def fp8_activations(model: nn.Module) -> nn.Module:
 
 def lora(model: nn.Module, rank: int) -> nn.Module:
     """PEFT's adapters at every linear layer of the blocks; the head trains as well."""
+    return compile(_with_adapters(model, rank))
+
+
+def slimfit_lora(model: nn.Module, rank: int, **options: Any) -> nn.Module:
+    """Such adapters, trained by this library."""
+    return slimfit(_with_adapters(model, rank), **options)
+
+
+def _with_adapters(model: nn.Module, rank: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     head = sorted({name.split(".")[0] for name in find_head(model, dict(model.named_parameters()))})
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", modules_to_save=head)
-    return compile(get_peft_model(model, config))  # type: ignore[arg-type]
+    return get_peft_model(model, config)  # type: ignore[arg-type]
 
 
 def bitfit(model: nn.Module) -> nn.Module:
@@ -145,5 +154,6 @@ _ALL = (
     bitfit,
     lisa,
     slimfit,
+    slimfit_lora,
 )
 PREPARE: Mapping[str, Callable[..., nn.Module]] = {function.__name__: function for function in _ALL}
