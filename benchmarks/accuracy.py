@@ -144,6 +144,7 @@ def plot(runs: Sequence[Run], peaks: Mapping[str, int]) -> Any:
     axes = figure.axes[0]
     for name, values in errors.items():
         axes.vlines(points[name][0], min(values), max(values), color="tab:gray", linewidth=1)
+    show.name_points(figure, points)
     return figure
 
 

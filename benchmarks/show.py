@@ -83,23 +83,33 @@ def plot(setting: str, cells: Sequence[Cell]) -> Any:
     }
     figure = pareto(points, setting, "step time / torch.compile", "peak over base / torch.compile")
     figure.axes[0].set_ylim(bottom=0)
+    name_points(figure, points)
     return figure
 
 
 def pareto(points: Mapping[str, tuple[float, float]], title: str, xlabel: str, ylabel: str) -> Any:
-    """Two costs of each method; a method that no other beats in both is filled."""
+    """Two costs of each method; a method that no other beats in both is larger, and red."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5.5))
     axes = figure.add_subplot()
-    for number, (method, point) in enumerate(sorted(points.items(), key=lambda item: item[1])):
+    for point in points.values():
         best = not any(other != point and beats(other, point) for other in points.values())
         axes.scatter(*point, color="tab:red" if best else "tab:gray", marker="o" if best else ".")
-        above_or_below = (4, 4) if number % 2 else (4, -10)  # names of neighbours do not cover each other
-        axes.annotate(method, point, xytext=above_or_below, textcoords="offset points", fontsize=8)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
     return figure
+
+
+def name_points(figure: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Writes the names beside their points and off each other, when all else is drawn."""
+    from adjustText import adjust_text
+
+    axes = figure.axes[0]
+    texts = [axes.text(*point, name, fontsize=8) for name, point in points.items()]
+    adjust_text(
+        texts, ax=axes, expand=(1.2, 1.5), arrowprops={"arrowstyle": "-", "color": "tab:gray", "linewidth": 0.5}
+    )
 
 
 def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
