@@ -202,9 +202,8 @@ def _viewed(saved: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
 
 
 def _undoable(node: fx.Node) -> bool:
-    if not is_tensor(node) or free_symbols(node.meta["val"].shape):
-        return False
-    return node.target in _RESHAPES or node.target is aten.permute.default
+    reshapes = node.target in _RESHAPES or node.target is aten.permute.default
+    return reshapes and is_tensor(node) and not free_symbols(node.meta["val"].shape)
 
 
 def _undone(view: fx.Node, there: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...]]:
