@@ -28,8 +28,11 @@ def prepare(model: nn.Module, method: str, **overrides: Any) -> nn.Module:
     """The model as the method trains it, with its options; parameters that `fixed` finds by name do not train."""
     chosen = options(method, overrides)
     if fixed := chosen.pop("fixed", None):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not re.search(fixed, name))
+        found = [parameter for name, parameter in model.named_parameters() if re.search(fixed, name)]
+        if not found:
+            raise ValueError(f"{method}: {fixed!r} is found in no parameter's name of {type(model).__name__}")
+        for parameter in found:
+            parameter.requires_grad_(False)
     return PREPARE[chosen.pop("prepare")](model, **chosen)
 
 
