@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import floor
@@ -137,7 +137,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 def optimizer_bytes_to_come(optimizer: torch.optim.Optimizer, kind: str) -> int:
     """What the states of the parameters that have not been trained yet will take, by training copies of them."""
     untrained = [p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state]
-    copies = [torch.zeros_like(parameter).requires_grad_() for parameter in untrained]
+    copies = [nn.Parameter(torch.zeros_like(parameter)) for parameter in untrained]
     if not copies:
         return 0
     for copy in copies:

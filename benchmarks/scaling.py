@@ -124,8 +124,8 @@ def plot(found: Sequence[Line]) -> Any:
     for column, line in enumerate(found):
         values = [value for value, _, _ in line.points]
         for row, (name, (label, unit)) in enumerate(panels.items()):
-            for which, color in ((1, "tab:gray"), (2, "tab:red")):
-                heights = [point[which][name] / unit for point in line.points]
+            for which, color in enumerate(("tab:gray", "tab:red")):
+                heights = [cells[which][name] / unit for _, *cells in line.points]
                 axes[row][column].plot(values, heights, marker="o", color=color)
             axes[row][column].set(ylim=(0, None), ylabel=label if column == 0 else "")
             axes[row][column].grid(alpha=0.3)
