@@ -6,6 +6,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import compress
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -85,8 +86,7 @@ class Scheduler:
     @property
     def freeze_rate(self) -> float:
         """The part of the closable layers that is closed at the present step; without those that the user froze."""
-        flags, trains = self.gates.table.tolist(), self._trains()
-        gated = [flags[layer] for layer, may_close in enumerate(self._closable) if may_close and trains[layer]]
+        gated = list(compress(self.gates.table.tolist(), self._closable_of(self._trains())))
         return gated.count(False) / len(gated) if gated else 0.0
 
     def optimizer_bytes(self) -> tuple[int, int]:
@@ -222,7 +222,7 @@ class Scheduler:
         state, budget = self._state, self._config.budget
         priority, held = self._policy.priority(state), held_open(state, self._config.min_open_steps)
         trains = self._trains()
-        closable = [may_close and alive for may_close, alive in zip(self._closable, trains, strict=True)]
+        closable = self._closable_of(trains)
         if budget is None:
             closed = int(freeze_rate_at(self._config, state.step) * sum(closable))
             flags = select(priority, closable, closed, held)
@@ -236,6 +236,10 @@ class Scheduler:
     def _trains(self) -> list[bool]:
         """For each layer whether the user lets it train: whether anything of it requires a gradient."""
         return [any(parameter.requires_grad for parameter in members) for members in self._members]
+
+    def _closable_of(self, trains: Sequence[bool]) -> list[bool]:
+        """For each layer whether it trains and a policy may close it."""
+        return [may_close and alive for may_close, alive in zip(self._closable, trains, strict=True)]
 
     def _learn(self) -> None:
         """Hands the policy what was measured at the step before the last."""
