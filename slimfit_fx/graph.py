@@ -46,6 +46,9 @@ VIEWS = frozenset(
     }
 )
 
+# Operators whose outputs are parts of their input's storage.
+SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int})
+
 # Operators that give the same values in another dtype.
 CONVERSIONS = frozenset({aten._to_copy.default, torch.ops.prims.convert_element_type.default})
 # Operators that give the same values in memory of their own.

@@ -30,7 +30,8 @@ def step_of(extent: Tensor, levels: float, dtype: torch.dtype) -> Tensor:
     step = (extent * (1.0 / levels)).clamp(min=smallest(dtype))
     if step.dtype is torch.float32:
         bits = (step.view(torch.int32) + 0xFFFF) & -0x10000
-        step = bits.view(torch.float32).clamp(max=_LARGEST)
+        step = bits.view(torch.float32)
+        step = step if levels > 1 else step.clamp(max=_LARGEST)
     return step + extent * 0.0  # zeros of such a group would otherwise survive alone
 
 
