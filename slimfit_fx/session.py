@@ -22,10 +22,12 @@ from .config import Config
 from .errors import BackwardError, StateError
 from .gates import Gates
 from .layers import Layer, check_modules, check_sharding, find_layers
+from .parameter_hooks import spare_hooks
+from .places import Places
 from .plan import Plan, merge_plans
 from .presets import CodecRules
 from .regions import Region
-from .scheduler import Scheduler
+from .scheduler import Arguments, Scheduler
 
 _numbers = itertools.count()
 # what a compiler of the user's, of the optimizer step or of the whole model, calls and does not look into
@@ -78,6 +80,7 @@ class Session:
         self._known = set(map(id, parameters.values()))
         self.compiled_modules: WeakSet[nn.Module] = WeakSet()
         self._path = ""  # of the region that is being called
+        self._places = Places(model, {n: parameters[n] for layer in self.layers for n in layer.parameters})
         self._hooks = _listen_to_optimizers(self.scheduler)
 
     @property
@@ -91,7 +94,13 @@ class Session:
         self.gates.set(self.gates.names)
 
     def begin_forward(self) -> None:
-        """The graphs that run from now on belong to another forward."""
+        """The graphs that run from now on belong to another forward.
+
+        Raises:
+            StateError: gated parameters were replaced.
+            BackwardError: it runs inside of a transform of torch.func.
+        """
+        self._places.check()
         if self.active and self.active != self._finished:
             self._finished = self.active
             self.scheduler.plan = self.plan
@@ -128,6 +137,7 @@ class Session:
             inputs: what it is called with now. Later calls may bring other parameters: those of another block.
             delimits: whether a call that was there already begins another forward, for want of `begin_forward`.
         """
+        self._places.check()
         capture = Capture(
             gated=tuple(position for position, tensor in enumerate(inputs) if id(tensor) in self._layer_of),
             activations=frozenset(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x.is_leaf),
@@ -139,18 +149,20 @@ class Session:
 
     def _run(self, capture: Capture, compiled: Callable[..., Any], delimits: bool, *arguments: Any) -> Any:
         """Calls a compiled graph with the gates of the moment."""
-        run = Run(capture, self._layers([arguments[position] for position in capture.gated]), self._path)
+        gated = [arguments[position] for position in capture.gated]
+        run = Run(capture, self._layers(gated), self._path)
         if delimits and run in self.active:
             self.begin_forward()
-        self.scheduler.step()
+        self.scheduler.begin_forward()
         if not self.active:
             self.scheduler.compare_ranks()
         self.active.append(run)
         if not capture.ran:
             self.scheduler.check_budget(self.plan)
             capture.ran = True
+        spare_hooks(gated)
         outputs = compiled(*arguments, self.gates.read(run.layers))
-        _watch_backward(outputs, capture)
+        _watch_backward(outputs, capture, functools.partial(_begin_backward, gated, weakref.ref(self.scheduler)))
         return outputs
 
     def _layers(self, parameters: Sequence[Any]) -> tuple[int | None, ...]:
@@ -197,9 +209,9 @@ def _listen_to_optimizers(scheduler: Scheduler) -> Callable[[], None]:
     alive = weakref.ref(scheduler)
 
     @not_traced
-    def before(optimizer: Optimizer, *_: Any) -> None:
-        if (target := alive()) is not None:
-            target.before_optimizer_step(optimizer)
+    def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        target = alive()
+        return None if target is None else target.before_optimizer_step(optimizer, args, kwargs)
 
     @not_traced
     def after(optimizer: Optimizer, *_: Any) -> None:
@@ -216,8 +228,16 @@ def _listen_to_optimizers(scheduler: Scheduler) -> Callable[[], None]:
     return remove
 
 
-def _watch_backward(outputs: Iterable[Any], capture: Capture) -> None:
-    """Makes the outputs' backward name what it cannot do; torch would fail later, or speak of its own internals."""
+def _begin_backward(gated: Sequence[Tensor], scheduler: weakref.ref[Scheduler]) -> None:
+    """A backward is about to hand out the gradients of `gated`, None for closed ones."""
+    spare_hooks(gated)  # what was registered since the forward
+    if (target := scheduler()) is not None:
+        target.backward_began()
+
+
+def _watch_backward(outputs: Iterable[Any], capture: Capture, begin: Callable[[], None]) -> None:
+    """Calls `begin` when the outputs' backward begins, and makes it name what it cannot do; torch would fail later, or
+    speak of its own internals."""
 
     def check(_: Any) -> None:
         if torch.is_grad_enabled():
@@ -230,6 +250,7 @@ def _watch_backward(outputs: Iterable[Any], capture: Capture) -> None:
                 "backward(retain_graph=True): the compiled backward reuses the memory of saved tensors. Set "
                 "torch._functorch.config.donated_buffer = False before the model's first training call to allow it."
             )
+        begin()
 
     for output in outputs:
         if isinstance(output, Tensor) and output.grad_fn is not None:
