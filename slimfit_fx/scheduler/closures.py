@@ -12,23 +12,42 @@ from torch.optim import LBFGS, Optimizer
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def followed(arguments: Arguments, after: Callable[[], None]) -> Arguments | None:
-    """The arguments with a closure that calls `after` whenever the given one has run; None if there is no closure."""
-    positional, named = arguments
-    if callable(named.get("closure")):
-        return positional, {**named, "closure": _followed(named["closure"], after)}
-    if len(positional) > 1 and callable(positional[1]):
-        return (positional[0], _followed(positional[1], after), *positional[2:]), named
-    return None
+class Evaluations:
+    """Closures on their way through an optimizer's step.
 
+    The first call of a closure may begin a step: its forward chooses gates. Those that follow keep them, whatever other
+    optimizers, or the same by way of its base class, did in between.
 
-def _followed(closure: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        result = closure(*args, **kwargs)
-        after()
-        return result
+    Attributes:
+        repeated: whether a closure is being called that was called before in the same step.
+    """
 
-    return run
+    def __init__(self) -> None:
+        self.repeated = False
+
+    def follow(self, arguments: Arguments, after: Callable[[], None]) -> Arguments | None:
+        """The arguments with a closure that calls `after` whenever the given one has run; None if there is none."""
+        positional, named = arguments
+        if callable(named.get("closure")):
+            return positional, {**named, "closure": self._followed(named["closure"], after)}
+        if len(positional) > 1 and callable(positional[1]):
+            return (positional[0], self._followed(positional[1], after), *positional[2:]), named
+        return None
+
+    def _followed(self, closure: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
+        called = False
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal called
+            outer, self.repeated, called = self.repeated, self.repeated or called, True
+            try:
+                result = closure(*args, **kwargs)
+            finally:
+                self.repeated = outer
+            after()
+            return result
+
+        return run
 
 
 class LbfgsMemory:

@@ -19,7 +19,7 @@ from ..policies import POLICIES, State, held_open, select
 from .agreement import Agreement
 from .budget import check_budget, choose_open
 from .closed_states import ClosedStates, state_bytes
-from .closures import Arguments, LbfgsMemory, followed
+from .closures import Arguments, Evaluations, LbfgsMemory
 from .history import History
 from .optimizer_step import RunningSteps
 from .rate import freeze_rate_at
@@ -59,6 +59,7 @@ class Scheduler:
         self._layer_of = {id(p): index for index, members in enumerate(self._members) for p in members}
         self._state = self._policy.init(len(layers), config.seed)
         self._closed_states = ClosedStates(config.closed_state, config.closed_state_after)
+        self._evaluations = Evaluations()
         self._lbfgs = LbfgsMemory()
         self._agreement = Agreement()
         self._unheard = UnheardSteps(config, self._measures)
@@ -147,9 +148,10 @@ class Scheduler:
             return None
         self.optimizers.add(optimizer)
         self._unheard.heard()
-        arguments = followed((args, dict(kwargs or {})), functools.partial(self._gradients_known, optimizer, owned))
+        known = functools.partial(self._gradients_known, optimizer, owned)
+        arguments = self._evaluations.follow((args, dict(kwargs or {})), known)
         if arguments is None:
-            self._gradients_known(optimizer, owned)
+            known()
         elif not self._stepped:  # else the closure's forward chooses the gates
             self._running.of(optimizer, self._state).weights_known(self._trained_of(owned))
         return arguments
@@ -204,7 +206,7 @@ class Scheduler:
 
     def _count(self) -> None:
         """Turns what the last optimizer steps did into the next gates; nothing pending, no change."""
-        if not self._stepped:
+        if not self._stepped or self._evaluations.repeated:
             return
         self._learn()
         flags = self._seen()
