@@ -56,6 +56,7 @@ class Scheduler:
         self._measures = self._policy.measures if freezes else ""
         self._closable = [not layer.always_open for layer in layers]
         self._members = [[parameters[name] for name in layer.parameters] for layer in layers]
+        self._parameters = frozenset(map(id, parameters.values()))  # ungated ones, too
         self._layer_of = {id(p): index for index, members in enumerate(self._members) for p in members}
         self._state = self._policy.init(len(layers), config.seed)
         self._closed_states = ClosedStates(config.closed_state, config.closed_state_after)
@@ -159,7 +160,7 @@ class Scheduler:
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         """Measures how far the open layers moved, and lengthens the updates of those that missed steps."""
         owned = self._owned(optimizer)
-        if not owned:
+        if not owned and not self._updates_others(optimizer):
             return
         measured = self._running.finish(optimizer, owned)
         if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
@@ -171,10 +172,8 @@ class Scheduler:
         if self._forwards or self._flags is None:
             self._measuring += measured
             self._stepped = True
-        elif isinstance(self._measured, Measurement):  # the step was counted before this optimizer took its part
-            self._measured += measured
-        else:
-            self._measured = {**self._measured, **measured.read()}
+        else:  # the step was counted before this optimizer took its part
+            self._measured = {**self._read(), **measured.read()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to choose the same layers; plain numbers, strings and lists."""
@@ -292,3 +291,7 @@ class Scheduler:
         """The gated parameters that the optimizer updates, and their layers."""
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         return {p: self._layer_of[id(p)] for p in parameters if id(p) in self._layer_of}
+
+    def _updates_others(self, optimizer: Optimizer) -> bool:
+        """Whether it updates parameters of the model, layers or not: its step is one, even if all layers are closed."""
+        return any(id(p) in self._parameters for group in optimizer.param_groups for p in group["params"])
