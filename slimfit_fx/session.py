@@ -77,7 +77,6 @@ class Session:
         self._layer_of = {
             id(parameters[name]): index for index, layer in enumerate(self.layers) for name in layer.parameters
         }
-        self._known = set(map(id, parameters.values()))
         self.compiled_modules: WeakSet[nn.Module] = WeakSet()
         self._path = ""  # of the region that is being called
         self._places = Places(model, {n: parameters[n] for layer in self.layers for n in layer.parameters})
@@ -150,6 +149,8 @@ class Session:
     def _run(self, capture: Capture, compiled: Callable[..., Any], delimits: bool, *arguments: Any) -> Any:
         """Calls a compiled graph with the gates of the moment."""
         gated = [arguments[position] for position in capture.gated]
+        if delimits:
+            self._places.check()
         run = Run(capture, self._layers(gated), self._path)
         if delimits and run in self.active:
             self.begin_forward()
@@ -168,12 +169,8 @@ class Session:
     def _layers(self, parameters: Sequence[Any]) -> tuple[int | None, ...]:
         """The layers of parameters; None for one without a gate, which another block had."""
         layers = tuple(self._layer_of.get(id(parameter)) for parameter in parameters)
-        if None in layers and not self._known.issuperset(map(id, parameters)):
-            raise StateError(
-                "parameters of the model were replaced after slimfit_fx.transform, for example by "
-                "load_state_dict(assign=True), so the scheduler does not know them. Replace them first, or call "
-                "slimfit_fx.undo(model) and transform it again."
-            )
+        if None in layers:
+            self._places.check()
         return layers
 
 
