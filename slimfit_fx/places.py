@@ -43,7 +43,7 @@ class Places:
         if lost := [name for name, parameter in self._gated.items() if id(parameter) not in present]:
             others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
             raise StateError(
-                f"{lost[0]!r}{others}: parameters of the model were replaced or taken out after slimfit_fx.transform, "
+                f"{lost[0]!r}{others}: parameters of the model were replaced after slimfit_fx.transform, or taken out, "
                 "for example by load_state_dict(assign=True) or torch.func.functional_call, so the scheduler does not "
                 "know them. Replace them first, or call slimfit_fx.undo(model) and transform it again."
             )
