@@ -5,8 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 
-import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack  # type: ignore[import-not-found]
 
 from .errors import BackwardError, StateError
 
@@ -30,7 +30,7 @@ class Places:
             BackwardError: the model is called inside of `torch.func.grad` or another transform of torch.func.
             StateError: a gated parameter is no longer one of the model's.
         """
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if peek_interpreter_stack() is not None:
             raise BackwardError(
                 "torch.func transforms (grad, vmap, jvp, ...) do not go through compiled graphs, and frozen layers "
                 "have no gradient. Call slimfit_fx.undo(model) first."
