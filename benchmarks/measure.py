@@ -158,15 +158,16 @@ def _time_scheduler(scheduler: slimfit_fx.Scheduler) -> list[float]:
     """A list whose one element grows by the host's time in the scheduler."""
     spent = [0.0]
 
-    def timed(method: Callable[..., None]) -> Callable[..., None]:
-        def run(*arguments: Any) -> None:
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
             start = time.perf_counter()
-            method(*arguments)
+            result = method(*arguments)
             spent[0] += time.perf_counter() - start
+            return result
 
         return run
 
-    for name in ("step", "before_optimizer_step", "after_optimizer_step"):
+    for name in ("begin_forward", "before_optimizer_step", "after_optimizer_step"):
         setattr(scheduler, name, timed(getattr(scheduler, name)))
     return spent
 

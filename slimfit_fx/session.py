@@ -22,10 +22,12 @@ from .config import Config
 from .errors import BackwardError, StateError
 from .gates import Gates
 from .layers import Layer, check_modules, check_sharding, find_layers
+from .parameter_hooks import spare_hooks
+from .places import Places
 from .plan import Plan, merge_plans
 from .presets import CodecRules
 from .regions import Region
-from .scheduler import Scheduler
+from .scheduler import Arguments, Scheduler
 
 _numbers = itertools.count()
 # what a compiler of the user's, of the optimizer step or of the whole model, calls and does not look into
@@ -75,9 +77,9 @@ class Session:
         self._layer_of = {
             id(parameters[name]): index for index, layer in enumerate(self.layers) for name in layer.parameters
         }
-        self._known = set(map(id, parameters.values()))
         self.compiled_modules: WeakSet[nn.Module] = WeakSet()
         self._path = ""  # of the region that is being called
+        self._places = Places(model, {n: parameters[n] for layer in self.layers for n in layer.parameters})
         self._hooks = _listen_to_optimizers(self.scheduler)
 
     @property
@@ -91,7 +93,13 @@ class Session:
         self.gates.set(self.gates.names)
 
     def begin_forward(self) -> None:
-        """The graphs that run from now on belong to another forward."""
+        """The graphs that run from now on belong to another forward.
+
+        Raises:
+            StateError: gated parameters were replaced.
+            BackwardError: it runs inside of a transform of torch.func.
+        """
+        self._places.check()
         if self.active and self.active != self._finished:
             self._finished = self.active
             self.scheduler.plan = self.plan
@@ -128,6 +136,7 @@ class Session:
             inputs: what it is called with now. Later calls may bring other parameters: those of another block.
             delimits: whether a call that was there already begins another forward, for want of `begin_forward`.
         """
+        self._places.check()
         capture = Capture(
             gated=tuple(position for position, tensor in enumerate(inputs) if id(tensor) in self._layer_of),
             activations=frozenset(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x.is_leaf),
@@ -139,29 +148,29 @@ class Session:
 
     def _run(self, capture: Capture, compiled: Callable[..., Any], delimits: bool, *arguments: Any) -> Any:
         """Calls a compiled graph with the gates of the moment."""
-        run = Run(capture, self._layers([arguments[position] for position in capture.gated]), self._path)
+        gated = [arguments[position] for position in capture.gated]
+        if delimits:
+            self._places.check()
+        run = Run(capture, self._layers(gated), self._path)
         if delimits and run in self.active:
             self.begin_forward()
-        self.scheduler.step()
+        self.scheduler.begin_forward()
         if not self.active:
             self.scheduler.compare_ranks()
         self.active.append(run)
         if not capture.ran:
             self.scheduler.check_budget(self.plan)
             capture.ran = True
+        spare_hooks(gated)
         outputs = compiled(*arguments, self.gates.read(run.layers))
-        _watch_backward(outputs, capture)
+        _watch_backward(outputs, capture, functools.partial(_begin_backward, gated, weakref.ref(self.scheduler)))
         return outputs
 
     def _layers(self, parameters: Sequence[Any]) -> tuple[int | None, ...]:
         """The layers of parameters; None for one without a gate, which another block had."""
         layers = tuple(self._layer_of.get(id(parameter)) for parameter in parameters)
-        if None in layers and not self._known.issuperset(map(id, parameters)):
-            raise StateError(
-                "parameters of the model were replaced after slimfit_fx.transform, for example by "
-                "load_state_dict(assign=True), so the scheduler does not know them. Replace them first, or call "
-                "slimfit_fx.undo(model) and transform it again."
-            )
+        if None in layers:
+            self._places.check()
         return layers
 
 
@@ -197,9 +206,9 @@ def _listen_to_optimizers(scheduler: Scheduler) -> Callable[[], None]:
     alive = weakref.ref(scheduler)
 
     @not_traced
-    def before(optimizer: Optimizer, *_: Any) -> None:
-        if (target := alive()) is not None:
-            target.before_optimizer_step(optimizer)
+    def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        target = alive()
+        return None if target is None else target.before_optimizer_step(optimizer, args, kwargs)
 
     @not_traced
     def after(optimizer: Optimizer, *_: Any) -> None:
@@ -216,8 +225,16 @@ def _listen_to_optimizers(scheduler: Scheduler) -> Callable[[], None]:
     return remove
 
 
-def _watch_backward(outputs: Iterable[Any], capture: Capture) -> None:
-    """Makes the outputs' backward name what it cannot do; torch would fail later, or speak of its own internals."""
+def _begin_backward(gated: Sequence[Tensor], scheduler: weakref.ref[Scheduler]) -> None:
+    """A backward is about to hand out the gradients of `gated`, None for closed ones."""
+    spare_hooks(gated)  # what was registered since the forward
+    if (target := scheduler()) is not None:
+        target.backward_began()
+
+
+def _watch_backward(outputs: Iterable[Any], capture: Capture, begin: Callable[[], None]) -> None:
+    """Calls `begin` when the outputs' backward begins, and makes it name what it cannot do; torch would fail later, or
+    speak of its own internals."""
 
     def check(_: Any) -> None:
         if torch.is_grad_enabled():
@@ -230,6 +247,7 @@ def _watch_backward(outputs: Iterable[Any], capture: Capture) -> None:
                 "backward(retain_graph=True): the compiled backward reuses the memory of saved tensors. Set "
                 "torch._functorch.config.donated_buffer = False before the model's first training call to allow it."
             )
+        begin()
 
     for output in outputs:
         if isinstance(output, Tensor) and output.grad_fn is not None:

@@ -109,7 +109,7 @@ def knapsack(sizes: Sequence[int], values: Sequence[float], room: int) -> list[i
         return chosen
     unit = max(gcd(*(sizes[place] for place in large)), -(-room // _UNITS))
     width = room // unit
-    best = torch.zeros(width + 1, dtype=torch.float64)
+    best = torch.zeros(width + 1, dtype=torch.float64, device="cpu")  # whatever the default device is
     taken = []
     for place in large:
         units = -(-sizes[place] // unit)

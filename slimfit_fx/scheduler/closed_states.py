@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .closures import shares_state
+
 
 class ClosedStates:
     """Moves or drops the states of layers that have been closed for long, around an optimizer's step.
@@ -29,14 +31,14 @@ class ClosedStates:
 
     def before_step(self, optimizer: Optimizer, opened: Iterable[nn.Parameter]) -> None:
         """Brings the states of parameters that train now back to them."""
-        if self.place == "host":
+        if self.place == "host" and not shares_state(optimizer):
             for parameter in opened:
                 for name, value in _states(optimizer, parameter).items():
                     optimizer.state[parameter][name] = value.to(parameter.device, non_blocking=True)
 
     def after_step(self, optimizer: Optimizer, closed: Mapping[nn.Parameter, int]) -> None:
         """Puts away the states of parameters that have been closed for so many steps."""
-        if self.place == "device":
+        if self.place == "device" or shares_state(optimizer):
             return
         for parameter, steps in closed.items():
             if steps < self.after:

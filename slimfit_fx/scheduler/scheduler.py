@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-from array import array
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+import functools
+from collections.abc import Mapping, Sequence
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ..config import Config
-from ..errors import StateError
 from ..gates import Gates
 from ..layers import Layer
 from ..plan import Plan
 from ..policies import POLICIES, State, held_open, select
 from .agreement import Agreement
 from .budget import check_budget, choose_open
-from .catch_up import catch_up_factor, fade_momentum, lengthen
 from .closed_states import ClosedStates, state_bytes
+from .closures import Arguments, Evaluations, LbfgsMemory
+from .history import History
+from .optimizer_step import RunningSteps
 from .rate import freeze_rate_at
-from .statistics import Measurement, may_skip, measure_gains, measure_gradients, measure_updates, sample
-
-_STATE_VERSION = 2
-_HISTORY = 10_000
-
-
-class Choice(NamedTuple):
-    """The gates of one step: names of the open layers, and the priorities, one per layer, that they were chosen by."""
-
-    step: int
-    open: tuple[str, ...]
-    scores: Sequence[float]
+from .saved_state import SavedState, read_state
+from .statistics import Measurement, may_skip
+from .unheard import UnheardSteps
 
 
 class Scheduler:
@@ -58,29 +47,37 @@ class Scheduler:
         self, gates: Gates, layers: Sequence[Layer], parameters: Mapping[str, nn.Parameter], config: Config
     ) -> None:
         self.gates = gates
-        self.history: deque[Choice] = deque(maxlen=_HISTORY)
+        self.history = History(gates.names)
         self.plan: Plan | None = None
         self.optimizers: WeakSet[Optimizer] = WeakSet()
         self._config = config
         self._policy = POLICIES[config.policy]
+        freezes = config.memory_budget is not None or config.freeze_rate > 0
+        self._measures = self._policy.measures if freezes else ""
         self._closable = [not layer.always_open for layer in layers]
         self._members = [[parameters[name] for name in layer.parameters] for layer in layers]
+        self._parameters = frozenset(map(id, parameters.values()))  # ungated ones, too
         self._layer_of = {id(p): index for index, members in enumerate(self._members) for p in members}
         self._state = self._policy.init(len(layers), config.seed)
         self._closed_states = ClosedStates(config.closed_state, config.closed_state_after)
+        self._evaluations = Evaluations()
+        self._lbfgs = LbfgsMemory()
         self._agreement = Agreement()
-        self._before: dict[nn.Parameter, Tensor] = {}  # the weights of open layers, for as long as an optimizer steps
-        self._sampled: dict[nn.Parameter, Tensor] = {}
+        self._unheard = UnheardSteps(config, self._measures)
+        self._running = RunningSteps(config, self._measures)
         self._measuring = Measurement()  # at the step that is under way
         self._measured: Measurement | Mapping[int, float] = {}  # at the step before, not yet learnt
-        self._trained: set[int] = set()  # layers that were open there
-        self._stepped = False
-        self._select()
+        self._trained: frozenset[int] = frozenset()  # layers that were open there
+        self._flags: list[bool] | None = None  # what was open in a forward of the last step that had one
+        self._forwards = False  # whether there was a training forward since the last step was counted
+        self._stepped = False  # whether an optimizer stepped since then
+        self._told = False  # whether `step` was called since then
+        self._choose()
 
     @property
     def state(self) -> State:
         """What the policy remembers, all pending optimizer steps included."""
-        self.step()
+        self._count()
         return self._state
 
     @property
@@ -94,19 +91,42 @@ class Scheduler:
         return state_bytes(self.optimizers, [parameter for members in self._members for parameter in members])
 
     def step(self) -> None:
-        """Turns what the last optimizer steps did into the next gates; nothing pending, no change.
+        """Says that the weights were updated. Only needed where the optimizer is not one of torch.optim over the
+        model's own parameters: an optimizer over copies of them, or a loop that updates them itself.
 
-        Called when a training forward begins.
+        Call it behind the update, with the weights back in the model. After a step of an optimizer that the scheduler
+        hears of, the next gates are chosen now instead of when the next forward begins; nothing is counted twice.
+
+        Raises:
+            StateError: the policy measures gradients, and there are none any more; or the configuration changes
+                updates or optimizer states, which takes an optimizer that the scheduler hears of.
         """
-        if not self._stepped:
-            return
-        self._learn()
+        if self._forwards and not self._stepped:
+            if self.optimizers:  # one of them may be about to step
+                self._told = True
+            else:
+                self._count_unheard()
+        self._count()
+
+    def begin_forward(self) -> None:
+        """Chooses the gates anew if steps were made. Call when a training forward, or a part of one, begins."""
+        self._unheard.watch(self._members, self._seen())
+        told, self._told = self._told, False
+        if told and not self._stepped:
+            self._count_unheard()
+        self._count()
         flags = self.gates.table.tolist()
-        self._measured, self._measuring = self._measuring, Measurement()
-        self._trained = {layer for layer, is_open in enumerate(flags) if is_open}
-        self._state = self._policy.advance(self._state, flags)
-        self._stepped = False
-        self._select()
+        self.gates.forget_by_hand()
+        if not self._forwards:
+            self._flags, self._forwards = flags, True
+            self._unheard.begin(self._state, self._open_parameters())
+        elif flags != self._flags:
+            self._flags = [now or before for now, before in zip(flags, self._seen(), strict=True)]
+        self.history.correct(self._seen())
+
+    def backward_began(self) -> None:
+        """Call when a backward reaches one of the model's compiled graphs."""
+        self._unheard.backward_began()
 
     def compare_ranks(self) -> None:
         """Under DistributedDataParallel: compares the gates of all ranks. Called when a training forward begins.
@@ -116,109 +136,123 @@ class Scheduler:
         """
         self._agreement.check(self._state.step, self.gates.table.tolist())
 
-    def before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Makes sure that a closed layer does not move, and remembers weights of the open ones."""
+    def before_optimizer_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Arguments | None:
+        """Makes sure that a closed layer does not move, and remembers weights of the open ones.
+
+        Returns what to call the optimizer's `step` with, instead of the given arguments, if they have a closure: what
+        needs gradients happens whenever that has made them.
+        """
         owned = self._owned(optimizer)
         if not owned:
-            return
+            return None
         self.optimizers.add(optimizer)
-        flags = self.gates.table.tolist()
-        for parameter, layer in owned.items():
-            if not flags[layer]:
-                # zero_grad(set_to_none=False) leaves zeros, which momentum and weight decay would act on
-                parameter.grad = None
-        trained = {parameter: layer for parameter, layer in owned.items() if parameter.grad is not None}
-        self._closed_states.before_step(optimizer, trained)
-        if self._config.decay_moments:
-            fade_momentum(optimizer, {parameter: self._state.missed[layer] for parameter, layer in trained.items()})
-        self._before = {p: p.detach().clone() for p, layer in trained.items() if self._catch_up(layer) != 1}
-        compares = self._measures("update") or self._measures("gain")
-        self._sampled = {p: sample(p).clone() for p in trained} if compares else {}
-        if self._measures("gradient"):
-            for parameters in _by_device(trained):
-                layers = [trained[p] for p in parameters]
-                gradients = [p.grad for p in parameters if p.grad is not None]
-                scale = getattr(optimizer, "grad_scale", None)
-                self._measuring += measure_gradients(layers, gradients, parameters, scale)
+        self._unheard.heard()
+        known = functools.partial(self._gradients_known, optimizer, owned)
+        arguments = self._evaluations.follow((args, dict(kwargs or {})), known)
+        if arguments is None:
+            known()
+        elif not self._stepped:  # else the closure's forward chooses the gates
+            self._running.of(optimizer, self._state).weights_known(self._trained_of(owned))
+        return arguments
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         """Measures how far the open layers moved, and lengthens the updates of those that missed steps."""
         owned = self._owned(optimizer)
-        if not owned:
+        if not owned and not self._updates_others(optimizer):
             return
-        self._stepped = True
+        measured = self._running.finish(optimizer, owned)
         if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
-            self._measuring += may_skip(found_inf)
-        for parameters in _by_device(self._sampled):
-            layers, old = [owned[p] for p in parameters], [self._sampled[p] for p in parameters]
-            if self._measures("update"):
-                self._measuring += measure_updates(layers, old, [sample(p) for p in parameters])
-            else:
-                self._measuring += measure_gains(layers, old, parameters, getattr(optimizer, "grad_scale", None))
-        for parameter, old in self._before.items():
-            if (factor := self._catch_up(owned[parameter])) != 1:
-                lengthen(parameter, old, factor)
-        self._before.clear()
-        self._sampled.clear()
-        flags = self.gates.table.tolist()
-        closed = {p: self._state.missed[layer] + 1 for p, layer in owned.items() if not flags[layer]}
-        self._closed_states.after_step(optimizer, closed)
+            measured += may_skip(found_inf)
+        if self._config.closed_state != "device":
+            # at the first step of several optimizers, for all: those of closed layers may not step at all
+            for each in [optimizer] if self._stepped else list(self.optimizers):
+                self._put_states_away(each)
+        if self._forwards or self._flags is None:
+            self._measuring += measured
+            self._stepped = True
+        else:  # the step was counted before this optimizer took its part
+            self._measured = {**self._read(), **measured.read()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to choose the same layers; plain numbers, strings and lists."""
-        state = self.state
-        return {
-            "version": _STATE_VERSION,
-            "policy": self._config.policy,
-            "layers": list(self.gates.names),
-            **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(state).items()},
-            "measured": sorted(map(list, self._read().items())),
-            "trained": sorted(self._trained),
-            "open": self.gates.table.tolist(),
-        }
+        saved = SavedState(self.state, self._read(), self._trained, tuple(self.gates.table.tolist()))
+        return saved.to_dict(self._config.policy, self.gates.names)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict`.
+        """Continues from a `state_dict`; gates set by hand before are void.
 
         Raises:
             StateError: it is damaged, or was saved by another version, policy or model; nothing is changed then.
         """
-        if not isinstance(saved, Mapping) or "version" not in saved:
-            raise StateError("this is no scheduler state: pass what slimfit_fx.scheduler(model).state_dict() returned")
-        if saved["version"] != _STATE_VERSION:
-            raise StateError(f"scheduler state of version {saved['version']!r}, this library reads {_STATE_VERSION}")
-        try:
-            policy, names, flags = saved["policy"], list(saved["layers"]), list(map(bool, saved["open"]))
-            values = {
-                "step": int(saved["step"]),
-                "seed": int(saved["seed"]),
-                "score": tuple(map(float, saved["score"])),
-                "missed": tuple(map(int, saved["missed"])),
-                "held": tuple(map(int, saved["held"])),
-            }
-            measured = {int(layer): float(value) for layer, value in saved["measured"]}
-            trained = set(map(int, saved["trained"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise StateError(f"the scheduler state is damaged ({type(error).__name__}: {error})") from error
-        if policy != self._config.policy:
-            raise StateError(f"scheduler state of policy {policy!r}, the model has {self._config.policy!r}")
-        if names != list(self.gates.names):
-            different = set(names) ^ set(self.gates.names)
-            example = f", for example {min(different)!r}" if different else " in their order"
-            raise StateError(f"scheduler state of another model: layers differ{example}")
-        if any(len(column) != len(names) for column in (flags, values["score"], values["missed"], values["held"])):
-            raise StateError(f"the scheduler state is damaged: it does not have {len(names)} numbers in each column")
-        self._state = State(**values)
-        self._measured, self._trained, self._measuring = measured, trained, Measurement()
-        self.gates.set_flags(flags)
-        self._stepped = False
+        found = read_state(saved, self._config.policy, self.gates.names)
+        if not self._forwards:
+            self.history.pop()  # it was never used
+        self._state, self._trained, self._measured = found.state, found.trained, found.measured
+        self._measuring = Measurement()
+        self._running.clear()
+        self._flags = None
+        self._forwards = self._stepped = self._told = False
+        self.gates.forget_by_hand()
+        self.gates.set_flags(found.flags)
+        self.history.begin(found.state.step, self._policy.priority(found.state), list(found.flags))
 
     def check_budget(self, plan: Plan) -> None:
         """Raises `ConfigError` if the memory budget cannot hold what `plan` saves with all closable gates closed."""
         if self._config.budget is not None:
             check_budget(plan, [not may_close for may_close in self._closable], self._config.budget)
 
-    def _select(self) -> None:
+    def _count(self) -> None:
+        """Turns what the last optimizer steps did into the next gates; nothing pending, no change."""
+        if not self._stepped or self._evaluations.repeated:
+            return
+        self._learn()
+        flags = self._seen()
+        self._measured, self._measuring = self._measuring, Measurement()
+        self._trained = frozenset(layer for layer, is_open in enumerate(flags) if is_open)
+        self._state = self._policy.advance(self._state, flags)
+        self._forwards = self._stepped = self._told = False
+        self._choose()
+
+    def _count_unheard(self) -> None:
+        """Counts a step that the user told of, and no optimizer."""
+        self._measuring += self._unheard.measure(self._open_parameters())
+        self._stepped = True
+
+    def _seen(self) -> list[bool]:
+        """The gates that the gradients of the present step were made with: open in one of its forwards."""
+        return self.gates.table.tolist() if self._flags is None else self._flags
+
+    def _gradients_known(self, optimizer: Optimizer, owned: Mapping[nn.Parameter, int]) -> None:
+        """The backwards that `optimizer` steps by are done, or those of one call of its closure."""
+        trained, flags = self._trained_of(owned), self._seen()
+        opened = frozenset(layer for layer in owned.values() if flags[layer])
+        self._lbfgs.begin(optimizer, opened, self._trained.intersection(owned.values()))
+        self._closed_states.before_step(optimizer, trained)
+        step = self._running.of(optimizer, self._state)
+        step.weights_known(trained)
+        step.gradients_known(optimizer, trained)
+
+    def _trained_of(self, owned: Mapping[nn.Parameter, int]) -> dict[nn.Parameter, int]:
+        """Those with a gradient; a closed layer has none afterwards."""
+        flags = self._seen()
+        for parameter, layer in owned.items():
+            if not flags[layer]:
+                # zero_grad(set_to_none=False) leaves zeros, which momentum and weight decay would act on
+                parameter.grad = None
+        return {parameter: layer for parameter, layer in owned.items() if parameter.grad is not None}
+
+    def _open_parameters(self) -> dict[nn.Parameter, int]:
+        flags = self._seen()
+        return {p: layer for layer, members in enumerate(self._members) if flags[layer] for p in members}
+
+    def _put_states_away(self, optimizer: Optimizer) -> None:
+        flags, missed = self._seen(), self._state.missed
+        closed = {p: missed[layer] + 1 for p, layer in self._owned(optimizer).items() if not flags[layer]}
+        self._closed_states.after_step(optimizer, closed)
+
+    def _choose(self) -> None:
         state, budget = self._state, self._config.budget
         priority, held = self._policy.priority(state), held_open(state, self._config.min_open_steps)
         trains = self._trains()
@@ -230,8 +264,8 @@ class Scheduler:
             flags = tuple(not may_close for may_close in closable)  # what the others cost is not known yet
         else:
             flags = choose_open(self.plan, priority, held, closable, budget)
-        self.gates.set_flags([is_open and alive for is_open, alive in zip(flags, trains, strict=True)])
-        self.history.append(Choice(state.step, tuple(self.gates.open), array("f", priority)))
+        self.gates.choose([is_open and alive for is_open, alive in zip(flags, trains, strict=True)])
+        self.history.begin(state.step, priority, self.gates.table.tolist())
 
     def _trains(self) -> list[bool]:
         """For each layer whether the user lets it train: whether anything of it requires a gradient."""
@@ -246,29 +280,18 @@ class Scheduler:
         measured = self._read()
         self._state = self._policy.learn(self._state, measured)
         self._state = self._policy.forget(self._state, self._trained - measured.keys())
-        self._measured, self._trained = {}, set()
+        self._measured, self._trained = {}, frozenset()
 
     def _read(self) -> Mapping[int, float]:
         if isinstance(self._measured, Measurement):
             self._measured = self._measured.read()
         return self._measured
 
-    def _measures(self, what: str) -> bool:
-        freezes = self._config.memory_budget is not None or self._config.freeze_rate > 0
-        return freezes and self._policy.measures == what
-
-    def _catch_up(self, layer: int) -> float:
-        return catch_up_factor(self._state.missed[layer], self._config.catch_up)
-
     def _owned(self, optimizer: Optimizer) -> dict[nn.Parameter, int]:
         """The gated parameters that the optimizer updates, and their layers."""
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         return {p: self._layer_of[id(p)] for p in parameters if id(p) in self._layer_of}
 
-
-def _by_device(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
-    """The parameters of each device, those of one dtype together."""
-    groups: dict[torch.device, list[nn.Parameter]] = {}
-    for parameter in sorted(parameters, key=lambda p: str(p.dtype)):
-        groups.setdefault(parameter.device, []).append(parameter)
-    return groups.values()
+    def _updates_others(self, optimizer: Optimizer) -> bool:
+        """Whether it updates parameters of the model, layers or not: its step is one, even if all layers are closed."""
+        return any(id(p) in self._parameters for group in optimizer.param_groups for p in group["params"])

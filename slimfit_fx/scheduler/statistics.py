@@ -136,18 +136,23 @@ def measure_gradients(
 
 @torch.no_grad()
 def measure_gains(
-    layers: Sequence[int], old: Sequence[Tensor], parameters: Sequence[Tensor], scale: Tensor | None
+    layers: Sequence[int],
+    old: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    scale: Tensor | None,
+    gradients: Sequence[Tensor] | None = None,
 ) -> Measurement:
     """By how much the updates of layers lowered the loss, to first order: the sum of gradient * (old - new).
 
-    An update against the gradient, of momentum or weight decay, counts as none. `old` are samples from before the
-    step; `scale` is a gradient scaler's, if the gradients still have it.
+    An update against the gradient, of momentum or weight decay, counts as none. `old` and `gradients` are samples from
+    before the step, by default of the gradients that are there; `scale` is a gradient scaler's, if they still have it.
     """
+    if gradients is None:
+        gradients = [sample(parameter.grad) for parameter in parameters if parameter.grad is not None]
     gains = []
-    for before, parameter in zip(old, parameters, strict=True):
-        assert parameter.grad is not None
+    for before, gradient, parameter in zip(old, gradients, parameters, strict=True):
         moved = (before - sample(parameter)).float()  # fp16 products would vanish
-        gains.append((moved * sample(parameter.grad)).sum() * (parameter.numel() / before.numel()))
+        gains.append((moved * gradient).sum() * (parameter.numel() / before.numel()))
     total, arrived = _to_host(torch.stack(gains).clamp(min=0) / (1.0 if scale is None else scale))
     once = tuple(float(layer not in layers[:place]) for place, layer in enumerate(layers))
     return Measurement((Part(tuple(layers), total, once),), arrived=arrived)
@@ -162,7 +167,7 @@ def may_skip(found_inf: Tensor) -> Measurement:
 def _to_host(value: Tensor) -> tuple[Tensor, tuple[torch.Event, ...]]:
     if value.device.type == "cpu":
         return value.clone(), ()
-    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    copy = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
     copy.copy_(value, non_blocking=True)
     event = torch.Event(value.device)
     event.record()
