@@ -10,6 +10,7 @@ from .errors import BackwardError as BackwardError
 from .errors import ConfigError as ConfigError
 from .errors import ModelError as ModelError
 from .errors import SlimFitError as SlimFitError
+from .errors import SlimFitWarning as SlimFitWarning
 from .errors import StateError as StateError
 from .errors import VersionError as VersionError
 from .gates import Gates as Gates

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
 from .config import Config
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, StateError
 from .paths import matches
 from .regions import captured_modules
 from .roles import ROLES
@@ -88,6 +89,25 @@ def check_sharding(model: nn.Module) -> None:
         raise ModelError(
             "parts of the model are sharded by fully_shard (FSDP2), which slimfit_fx does not support: the gradients "
             "of frozen layers have no rows, and FSDP2 reduces whole ones. Use DistributedDataParallel."
+        )
+
+
+def check_known(model: nn.Module | None, inputs: Iterable[Any], known: Container[int]) -> None:
+    """Raises `StateError` if a graph trains parameters of the model that it did not have when it was transformed.
+
+    Args:
+        inputs: of the graph.
+        known: identities of the parameters that the model had.
+    """
+    added = {id(p) for p in inputs if isinstance(p, nn.Parameter) and p.requires_grad and id(p) not in known}
+    if not added or model is None:
+        return
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in added]
+    if names:
+        raise StateError(
+            f"parameters of the model were added or replaced after slimfit_fx.transform, for example {names[0]}: by a "
+            "new head, an adapter, or load_state_dict(assign=True). The scheduler does not know them. Do that first, "
+            "or call slimfit_fx.undo(model) and transform it again."
         )
 
 
