@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from .errors import SlimFitWarning
 from .gates import Gates
@@ -53,11 +54,11 @@ class OutsideGradients:
         self._ran = False
         self._untold: set[int] = set()
         self._nodes: dict[nn.Parameter, Node] = {}  # autograd keeps a node and its hooks no longer than we do
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self._age = max((watcher._age for watcher in _watchers), default=0) + 1
         _watchers.add(self)
         self.watch()
-        self._handles += _listen_to_optimizers(self)
+        self._handles.append(_listen_to_optimizers(self))
 
     def watch(self) -> None:
         """Also after parameters were moved to another device or dtype, for which autograd makes new nodes."""
@@ -99,20 +100,16 @@ class OutsideGradients:
             Variable._execution_engine.queue_callback(self._tell)  # all layers of a backward in one warning
         return not self._gates[self._gates.names[layer]]
 
-    def before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Notices training without any graph where no gradient was noticed: in eval mode, or after a move."""
+    def after_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Gates may be others from now on. Notices training where no gradient was watched: in eval mode."""
+        self._stepped = True
         if self._ran or self.layers:
             return
-        owned = (p for group in optimizer.param_groups for p in group["params"] if p in self._layer_of)
-        found = {self._layer_of[parameter] for parameter in owned if parameter.grad is not None}
-        if found:
-            self.layers |= found
-            self._untold |= found
+        owned = [p for group in optimizer.param_groups for p in group["params"] if p in self._layer_of]
+        if any(parameter.grad is not None for parameter in owned):
+            self.layers.update(self._layer_of[parameter] for parameter in owned)
+            self._untold |= self.layers
             self._tell()
-
-    def after_optimizer_step(self) -> None:
-        """Gates may be others from now on."""
-        self._stepped = True
 
     def _overruled(self, parameter: nn.Parameter) -> bool:
         """Whether the parameter belongs to a session that began later, such as that of a probe."""
@@ -146,20 +143,14 @@ def _arrival(
     return hook
 
 
-def _listen_to_optimizers(outside: OutsideGradients) -> list[Any]:
+def _listen_to_optimizers(outside: OutsideGradients) -> RemovableHandle:
     alive = weakref.ref(outside)
 
     @torch.compiler.disable
-    def before(optimizer: Optimizer, *_: Any) -> None:
+    def after(optimizer: Optimizer, *_: Any) -> None:
         if (target := alive()) is not None:
-            target.before_optimizer_step(optimizer)
+            target.after_optimizer_step(optimizer)
 
-    @torch.compiler.disable
-    def after(*_: Any) -> None:
-        if (target := alive()) is not None:
-            target.after_optimizer_step()
-
-    handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-    for handle in handles:
-        weakref.finalize(outside, handle.remove)
-    return handles
+    handle = register_optimizer_step_post_hook(after)
+    weakref.finalize(outside, handle.remove)
+    return handle

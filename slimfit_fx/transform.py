@@ -13,6 +13,7 @@ from .calls import compile_calls, restore_calls
 from .config import Config
 from .errors import ModelError, StateError, VersionError
 from .gates import Gates
+from .layers import warn_if_all_open
 from .probe import probe
 from .regions import find_regions
 from .report import Report
@@ -122,6 +123,7 @@ def start_session(model: nn.Module, config: Config) -> Session:
                 "already: two schedulers would freeze it. Transform one of the two; slimfit_fx.undo ends the other."
             )
     session = _sessions[model] = Session(model, config)
+    warn_if_all_open(model, session.layers, config)
     return session
 
 
