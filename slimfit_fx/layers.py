@@ -38,10 +38,9 @@ def find_layers(model: nn.Module, config: Config) -> list[Layer]:
     token with `regions="blocks"`.
 
     Raises:
-        ModelError: nothing in the model can be frozen, or it has parameters without a shape.
+        ModelError: nothing in the model can be frozen.
         ConfigError: a pattern matches no parameter.
     """
-    _check_shapes(model)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     norms = _norm_weights(model)
     captured = {id(parameter) for module in captured_modules(model, config) for parameter in module.parameters()}
@@ -128,7 +127,8 @@ def check_known(model: nn.Module | None, inputs: Iterable[Any], known: Container
         )
 
 
-def _check_shapes(model: nn.Module) -> None:
+def check_shapes(model: nn.Module) -> None:
+    """Raises `ModelError` if a module was not called yet, and has parameters without a shape."""
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ModelError(f"{lazy[0]} has no shape yet: call the model on a batch first, then transform it")

@@ -33,7 +33,7 @@ class OutsideGradients:
     In eval mode the model is the untouched one: nothing is dropped there.
 
     Attributes:
-        layers: those that such gradients came for.
+        layers: those that such gradients came for, from the first graph that ran on.
     """
 
     def __init__(
@@ -83,7 +83,9 @@ class OutsideGradients:
         if self._stepped:
             self._trained.clear()
             self._stepped = False
-        self._ran = True
+        if not self._ran:
+            self._ran = True
+            self.layers.clear()  # what was found before tells of training past the model, not of its graphs
         self._trained.update(
             layer for layer, is_open in zip(layers, flags, strict=True) if is_open and layer is not None
         )

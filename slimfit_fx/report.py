@@ -27,7 +27,7 @@ class Report:
         open_gates: the gates at the time of asking.
         gradient_errors: what the codecs did to each gradient of the sample that `report` was given.
         optimizer_bytes: of the layers' optimizer states, (on their devices, on the host).
-        outside: layers that train outside of the captured graphs, so that nothing of theirs is in the plan.
+        outside: layers that train outside of the captured graphs: what they need there is not in the plan.
     """
 
     plan: Plan
@@ -137,7 +137,9 @@ class Report:
         if dropped:
             lines.append(f"Computed, then dropped when closed ({len(dropped)}): {', '.join(dropped)}.")
         if self.outside:
-            lines.append(f"Outside of all graphs, saved as it is ({len(self.outside)}): {', '.join(self.outside)}.")
+            lines.append(
+                f"Outside of the graphs, where nothing is compressed ({len(self.outside)}): {', '.join(self.outside)}."
+            )
         near, far = self.optimizer_bytes
         if near or far:
             host = f", {_size(far)} on the host" if far else ""

@@ -94,9 +94,8 @@ class Session:
 
     @property
     def outside_layers(self) -> list[str]:
-        """The layers that are known to train outside of the graphs of the last forward."""
-        inside = {layer for run in self.active for layer in run.layers}
-        return [self.layers[layer].name for layer in sorted(self.outside.layers - inside)]
+        """The layers that are known to train outside of the graphs, if only by a part of their gradient."""
+        return [self.layers[layer].name for layer in sorted(self.outside.layers)]
 
     def layer_shared_with(self, model: nn.Module) -> str | None:
         """The name in `model` of a parameter that has a gate here."""

@@ -13,7 +13,7 @@ from .calls import compile_calls, restore_calls
 from .config import Config
 from .errors import ModelError, StateError, VersionError
 from .gates import Gates
-from .layers import warn_if_all_open
+from .layers import check_shapes, warn_if_all_open
 from .probe import probe
 from .regions import find_regions
 from .report import Report
@@ -44,7 +44,7 @@ def transform(model: nn.Module, config: Config | None = None, **overrides: Any) 
     Raises:
         ConfigError: a field is unknown or has an impossible value, or a pattern matches nothing.
         ModelError: not a module, sharded by FSDP, or nothing in it can be frozen.
-        StateError: the model is transformed already.
+        StateError: the model, a part of it, or a model around it is transformed or compiled already.
         VersionError: torch is too old.
     """
     _check_version(torch.__version__)
@@ -52,6 +52,7 @@ def transform(model: nn.Module, config: Config | None = None, **overrides: Any) 
         raise ModelError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
     if session_of(model) is not None:
         raise StateError("the model is transformed already; slimfit_fx.undo(model) first to change its config")
+    check_shapes(model)
     config = (config or Config()).replace(**overrides)
     regions = find_regions(model, config)
     modules = [region.module for region in regions]

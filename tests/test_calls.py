@@ -383,3 +383,11 @@ def test_nothing_is_said_of_a_model_that_is_captured_whole():
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
     assert not slimfit_fx.report(slim).outside
+
+
+def test_training_past_the_model_first_leaves_no_trace_in_the_report():
+    slim = transformed(Net())
+    with pytest.warns(SlimFitWarning):
+        slim.forward(X).sum().backward()
+    slim(X).sum().backward()
+    assert not slimfit_fx.report(slim).outside

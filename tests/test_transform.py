@@ -240,7 +240,10 @@ def test_copies_and_pickles_are_plain_models(model):
 
 
 def test_importing_needs_neither_transformers_nor_timm():
-    code = "import sys, slimfit_fx; assert not {'transformers', 'timm', 'matplotlib'} & set(sys.modules)"
+    code = (
+        "import sys, slimfit_fx, slimfit_fx.integrations; "
+        "assert not {'transformers', 'timm', 'matplotlib'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
