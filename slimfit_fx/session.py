@@ -206,7 +206,7 @@ class Session:
         run = Run(capture, self._layers([arguments[position] for position in capture.gated]), self._path)
         if capture.split is None:  # no backward will follow
             return compiled(*arguments, self.gates.read(run.layers))
-        if run in self.active and (delimits or not self._under_way):
+        if run in self.active and (delimits or (self._path and not self._under_way)):  # a block called by itself
             self.begin_forward()
         self.scheduler.step()
         if not self.active:
