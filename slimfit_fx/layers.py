@@ -71,13 +71,14 @@ def find_layers(model: nn.Module, config: Config) -> list[Layer]:
 
 
 def warn_if_all_open(model: nn.Module, layers: Sequence[Layer], config: Config) -> None:
-    """Warns where a freezing rate or budget can freeze nothing."""
-    if all(layer.always_open for layer in layers) and (config.freeze_rate > 0 or config.budget is not None):
+    """Warns where a freezing rate or budget freezes nothing although nobody said that all layers stay open."""
+    freezes = config.freeze_rate > 0 or config.budget is not None
+    if config.always_open is None and freezes and all(layer.always_open for layer in layers):
         names = ", ".join(layer.name for layer in layers[:3])
-        reason = "They count as its head: name" if config.always_open is None else "Name"
         warnings.warn(
-            f"slimfit_fx: every layer of {type(model).__name__} is always open ({len(layers)}, such as {names}), so "
-            f"none is frozen. {reason} in always_open only what has to train at every step, or set freeze_rate=0.",
+            f"slimfit_fx: every layer of {type(model).__name__} counts as its head ({len(layers)}, such as {names}), "
+            "and is always open: none is frozen. Name in always_open what has to train at every step, () for nothing; "
+            "or set freeze_rate=0.",
             SlimFitWarning,
             stacklevel=2,
         )

@@ -138,16 +138,14 @@ def test_an_exception_in_a_backward():
 
 def test_a_budget_is_spent_by_the_last_whole_forward():
     slim = transformed(Net(broken=True), memory_budget="1MiB")
-    optimizer = torch.optim.SGD(slim.parameters(), lr=0.1)
     slim(X).sum().backward()
-    optimizer.step()
-    calm, slim.fault = slim.fault, raising(ValueError, compiled=False)
+    planned = slimfit_fx.scheduler(slim).plan
+    assert planned.nbytes == slimfit_fx.report(slim).saved_bytes_before > 0
+    slim.fault = raising(ValueError, compiled=False)
     with pytest.raises(ValueError):
         slim(X)
-    slim.fault = calm
-    slim(X).sum().backward()
-    assert slimfit_fx.scheduler(slim).plan.nbytes == slimfit_fx.report(slim).saved_bytes_before
-    assert len(slimfit_fx.gates(slim).open) == 4
+    session_of(slim).begin_forward()  # as the next call, which chooses the gates right then
+    assert slimfit_fx.scheduler(slim).plan is planned
 
 
 def test_a_report_after_an_evaluation_is_of_the_last_training_forward():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import loss_of, run, transformed
 from torch import nn
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 import slimfit_fx
@@ -69,6 +70,21 @@ def test_the_node_and_its_module_are_named(monkeypatch):
         slim(X)
     monkeypatch.undo()
     slim(X).sum().backward()  # nothing is lost
+
+
+def test_dynamos_own_control_flow_is_no_failure(monkeypatch):
+    """A pass of torch's that runs within ours may ask Dynamo to trace the graph anew."""
+    asked, make_plan = [], slimfit_fx.backend.make_plan
+
+    def once(*arguments):
+        if not asked:
+            asked.append(True)
+            raise TensorifyScalarRestartAnalysis
+        return make_plan(*arguments)
+
+    monkeypatch.setattr("slimfit_fx.backend.make_plan", once)
+    transformed(Net())(X).sum().backward()
+    assert asked
 
 
 @pytest.mark.parametrize("mode", ["inductor", "eager"])
