@@ -30,7 +30,7 @@ from recipe_tasks import Task, text_task
 from transformers import Trainer, TrainingArguments, set_seed
 
 import slimfit_fx
-from slimfit_fx.integrations.trainer import SlimFitCallback
+from slimfit_fx.integrations import SlimFitCallback
 
 TASKS = {
     "text classification": text_task,

@@ -79,7 +79,9 @@ def _normalized(taken: fx.Node, sizes: list[int], strides: list[int], order: lis
     views = list(_read_as(taken))
     if len(sizes) > 2 and any(name in operator_of(reader) for _, reader in views for name in _CHANNEL_NORMS):
         return Rows(tuple(range(len(sizes))), _product(sizes[2:]) or sizes[-1])
-    lasts = {(hint(view.shape[-1]), hint(view.stride()[-1])) for view in (v.meta["val"] for v, _ in views) if view.dim()}
+    lasts = {
+        (hint(view.shape[-1]), hint(view.stride()[-1])) for view in (v.meta["val"] for v, _ in views) if view.dim()
+    }
     size, stride = min(lasts, default=(hint(sizes[order[-1]]), strides[order[-1]]))
     last = next((dim for dim in order if strides[dim] == stride), order[-1])
     order = [*(dim for dim in order if dim != last), last]

@@ -43,7 +43,9 @@ from slimfit_fx.passes import (
 )
 
 from . import ops as ops
-from .errors import BackendError, SlimFitError
+from .dynamo import may_run_eagerly, steers_dynamo
+from .errors import SlimFitError
+from .failures import explained
 from .graph import JointGraph
 from .loop_split import exact_loop_splits
 from .peak_estimate import true_input_sizes
@@ -89,12 +91,16 @@ def compile_capture(
 ) -> Callable[..., Any]:
     """Compiles a graph from Dynamo; the result takes the graph's inputs and, behind them, its gates.
 
+    Where no layer is in the graph, Dynamo may answer an operator that depends on data with an eager run, as it does
+    for other backends.
+
     Raises:
-        BackendError: whatever went wrong, as its cause. Dynamo would answer some exceptions with an eager run.
+        BackendError: a pass or code generation failed, or an operator of a graph with layers depends on data.
+        Exception: torch's own, for a graph that AOTAutograd cannot trace for any backend.
     """
+    partitioner = _Partitioner(capture, rules)
     try:
-        exposed, example_inputs = expose_gates(module, inputs, len(capture.gated))
-        partitioner = _Partitioner(capture, rules)
+        exposed, example_inputs = partitioner.run(expose_gates, module, inputs, len(capture.gated))
         capture.retainable = mode == "eager" or not functorch_config.donated_buffer
         compiler = _interpret if mode == "eager" else _inductor
         # AOTAutograd's own cache would skip the passes, and with them plan and report. Inductor's cache of generated
@@ -104,7 +110,10 @@ def compile_capture(
     except SlimFitError:
         raise
     except Exception as error:
-        raise _explained(error, module) from error
+        falls_back, in_passes = may_run_eagerly(error), partitioner.began or partitioner.current
+        if steers_dynamo(error) or (not in_passes and not (falls_back and capture.gated)):
+            raise
+        raise explained(error, module, mode, partitioner.current) from error
 
 
 class _Partitioner(CustomPartitionerFn):
@@ -113,20 +122,30 @@ class _Partitioner(CustomPartitionerFn):
     def __init__(self, capture: Capture, rules: CodecRules) -> None:
         self.capture = capture
         self.rules = rules
+        self.began = False  # whether AOTAutograd could trace the joint graph
+        self.current = ""  # the pass that runs
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        self.began = True
         joint = JointGraph.copy_of(gm, options.pop("num_fwd_outputs"), self.capture.activations)
-        gradients = gate_dynamic(joint, self.capture.gated)
-        split = partition(joint, joint_inputs, **options)
-        plan = make_plan(split, gradients, self.rules)
+        gradients = self.run(gate_dynamic, joint, self.capture.gated)
+        split = self.run(partition, joint, joint_inputs, **options)
+        plan = self.run(make_plan, split, gradients, self.rules)
         for split_pass in SPLIT_PASSES:
-            split_pass(split, plan)
-        split.finish()
+            self.run(split_pass, split, plan)
+        self.run(split.finish)
         self.capture.plan = plan
         self.capture.split = split
         return split.forward, split.backward
+
+    def run(self, run_pass: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """What a pass returns; while it runs, or after it failed, it is the current one."""
+        self.current = run_pass.__name__
+        result = run_pass(*arguments, **options)
+        self.current = ""
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Partitioner:
         """Itself: Inductor copies and pickles its whole configuration to make a cache key."""
@@ -160,8 +179,10 @@ def _compile_inner(capture: Capture, gm: fx.GraphModule, inputs: Sequence[Any], 
     try:
         with exact_loop_splits(), true_input_sizes():
             return _drop_closed(compile_fx_inner(gm, inputs, **options), capture)
+    except SlimFitError:
+        raise
     except Exception as error:  # the first backward compiles the backward graph, long after `compile_capture`
-        raise _explained(error, gm) from error
+        raise explained(error, gm, "inductor") from error
 
 
 def _interpret(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Partitioner) -> Callable[..., Any]:
@@ -193,14 +214,6 @@ def _drop_closed(backward: Callable[..., Any], capture: Capture) -> Callable[...
         return gradients
 
     return _boxed(run)
-
-
-def _explained(error: Exception, module: fx.GraphModule) -> BackendError:
-    return BackendError(
-        f"slimfit_fx could not compile a graph of {len(module.graph.nodes)} nodes: {type(error).__name__}: {error}\n"
-        "Run with mode='eager' to see whether a pass or the code generator is at fault; slimfit_fx.undo(model) "
-        "gives the untouched model back."
-    )
 
 
 def _boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:

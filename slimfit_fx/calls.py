@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,32 +10,37 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .errors import BackendError, ModelError
+from .errors import ModelError
 from .layers import check_sharding
-from .regions import Region
+from .regions import Region, check_places, places_of
 from .session import Session, not_traced
 
 
 def compile_calls(model: nn.Module, regions: Sequence[Region], session: Session) -> None:
     """Takes the calls of `model` and `regions` over, in the place where `nn.Module.compile` does it: no copy has it."""
     for region, compiled in zip(regions, session.compiled(regions), strict=True):
-        region.module._compiled_call_impl = _region_call(region, compiled, model, session)
-        session.compiled_modules.add(region.module)
-    model._compiled_call_impl = _model_call(model, session)
+        _put(region.module, _region_call(region, compiled, model, session), session)
+    _put(model, _model_call(model, regions, session), session)
 
 
 def restore_calls(model: nn.Module, session: Session) -> None:
     """Undoes `compile_calls`."""
-    for module in (model, *session.compiled_modules):
+    for module in list(session.calls):
         module._compiled_call_impl = None
 
 
-def _model_call(model: nn.Module, session: Session) -> Callable[..., Any]:
+def _put(module: nn.Module, call: Callable[..., Any], session: Session) -> None:
+    module._compiled_call_impl = call
+    session.calls[module] = weakref.ref(call)
+
+
+def _model_call(model: nn.Module, regions: Sequence[Region], session: Session) -> Callable[..., Any]:
     """A call of the model: it begins a forward, in which regions run compiled. The model may be one itself.
 
     Trainer and accelerate may compile a model that is transformed already: their compiler has to leave it alone.
     """
     inner = model._compiled_call_impl or model._call_impl
+    places = places_of(model, regions)
 
     @not_traced
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -42,11 +48,9 @@ def _model_call(model: nn.Module, session: Session) -> Callable[..., Any]:
             return model._call_impl(*args, **kwargs)
         if not session.captures:
             check_sharding(model)
-        session.begin_forward()
-        outputs = inner(*args, **kwargs)
-        if not session.active:
-            raise _gave_up("the model")
-        return outputs
+        check_places(places)
+        with session.forward():
+            return inner(*args, **kwargs)
 
     return call
 
@@ -65,21 +69,13 @@ def _region_call(
                 f"{region.path} is computed again in the backward by gradient checkpointing, which regions='blocks' "
                 "does not see. Switch checkpointing off, or take regions='model'."
             )
-        before = len(session.active)
+        before = session.graph_calls
         outputs = compiled(*args, **kwargs)
-        if len(session.active) == before and _computed(outputs, (args, kwargs)):
-            raise _gave_up(region.path or "the model")
+        if session.graph_calls == before and _computed(outputs, (args, kwargs)):
+            session.region_left_out(region.path)
         return outputs
 
     return call
-
-
-def _gave_up(name: str) -> BackendError:
-    return BackendError(
-        f"{name} ran without its compiled graph, so nothing was saved. torch.compile gave up on it: usually its "
-        "recompile limit was hit by inputs that change in more than size. Run with TORCH_LOGS=recompiles to see why, "
-        "pad the inputs, or raise torch._dynamo.config.recompile_limit."
-    )
 
 
 def _trains(model: nn.Module) -> bool:

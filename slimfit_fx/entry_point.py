@@ -9,28 +9,53 @@ from typing import Any
 from torch import fx, nn
 
 from .config import Config
-from .errors import BackendError, ConfigError
+from .dynamo import unwrapped
+from .errors import BackendError, ConfigError, SlimFitError, StateError
+from .session import Session
 from .transform import session_of, start_session
 
 
 def compile_graph(
-    module: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """The backend of the entry point group `torch_dynamo_backends`; `options` are the fields of `Config`.
+    """The backend of the entry point group `torch_dynamo_backends`.
 
     Gates, scheduler and report are asked for with the compiled module or the plain one.
 
+    Args:
+        mode: of `Config`: `"inductor"` or `"eager"`; Inductor's own modes are not passed on.
+        options: the fields of `Config`. torch.compile takes either a mode or options.
+
     Raises:
         BackendError: what is compiled is a function, not a module.
-        ConfigError: the options ask for regions, which are transform's to make.
+        ConfigError: an option is unknown, has an impossible value, or asks for regions, which are transform's to make.
+        StateError: the model is compiled by us already, with other options.
     """
+    try:
+        return _session(_config(mode, options or {})).compile(module, inputs, delimits=True)
+    except SlimFitError as error:
+        raise unwrapped(error) from error
+
+
+def _session(config: Config) -> Session:
     model = _module_being_compiled()
-    session = session_of(model) or start_session(model, _config(options or {}))
-    return session.compile(module, inputs, delimits=True)
+    session = session_of(model)
+    if session is None:
+        return start_session(model, config)
+    if session.config != config:
+        raise StateError(
+            "the model is compiled by slimfit_fx already, with other options; slimfit_fx.undo(model) first to "
+            "change them"
+        )
+    return session
 
 
-def _config(options: Mapping[str, Any]) -> Config:
-    config = Config().replace(**options)
+def _config(mode: str | None, options: Mapping[str, Any]) -> Config:
+    config = Config().replace(**options) if mode is None else Config().replace(mode=mode, **options)
     if config.regions != "model":
         raise ConfigError("regions='blocks' needs slimfit_fx.transform(model): torch.compile makes one region")
     return config

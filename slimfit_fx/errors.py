@@ -1,4 +1,4 @@
-"""Every error that slimfit_fx raises on purpose: each names the cause and the way out."""
+"""Every error and warning of slimfit_fx: each names the cause and the way out."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ class BackwardError(SlimFitError, RuntimeError):
 
 class VersionError(SlimFitError, ImportError):
     """The installed torch is too old."""
+
+
+class SlimFitWarning(UserWarning):
+    """Training goes on, but less is saved or frozen than was asked for: the text says where, why and the way out."""
 
 
 def choose(kind: str, value: object, known: Iterable[str]) -> str:

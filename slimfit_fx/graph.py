@@ -257,7 +257,9 @@ def inputs_of(graph: fx.Graph) -> dict[InputKey, fx.Node]:
 
     An input that is a tensor subclass (torchao, DTensor) comes in parts, each by its descriptor.
     """
-    primals = {node: node.meta["desc"] for node in graph.find_nodes(op="placeholder") if node.name.startswith("primals")}
+    primals = {
+        node: node.meta["desc"] for node in graph.find_nodes(op="placeholder") if node.name.startswith("primals")
+    }
     return {source.idx if isinstance(source, PlainAOTInput) else source: node for node, source in primals.items()}
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .config import Config
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, SlimFitWarning, StateError
+from .head import find_head as find_head
 from .paths import matches
 from .regions import captured_modules
 from .roles import ROLES
-
-# What a classifier is called in models that do not say themselves where their head is.
-_HEAD_NAMES = r"^(classifier|head|fc|score|qa_outputs)\."
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class Layer:
 def find_layers(model: nn.Module, config: Config) -> list[Layer]:
     """The layers of `model` in the order of its parameters (paper, section 3: weights and norm weights).
 
-    Biases and other vectors have no gate: their gradients need no saved activation. Nor has what lies outside of all
-    regions and so is in no graph, such as a class token with `regions="blocks"`.
+    Biases and other vectors have no gate: their gradients need no saved activation. Nor has an embedding with sparse
+    gradients, a parameter without elements, or what lies outside of all regions and so is in no graph, such as a class
+    token with `regions="blocks"`.
 
     Raises:
         ModelError: nothing in the model can be frozen.
@@ -44,10 +46,12 @@ def find_layers(model: nn.Module, config: Config) -> list[Layer]:
     captured = {id(parameter) for module in captured_modules(model, config) for parameter in module.parameters()}
     excluded = set(_match("never_gate", config.never_gate, trained))
     excluded |= {name for name, parameter in model.named_parameters() if id(parameter) not in captured}
+    excluded |= _sparse_weights(model)
     gated = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and name not in excluded and (parameter.dim() > 1 or name in norms)
+        if parameter.requires_grad and parameter.numel() and name not in excluded
+        if parameter.dim() > 1 or name in norms
     ]
     if not gated:
         reason = "no parameter requires a gradient" if not trained else f"{len(trained)} trained parameters, none gated"
@@ -64,6 +68,20 @@ def find_layers(model: nn.Module, config: Config) -> list[Layer]:
     for name in gated:
         groups.setdefault(_group(name, config.granularity), []).append(name)
     return [Layer(name, tuple(members), not head.isdisjoint(members)) for name, members in groups.items()]
+
+
+def warn_if_all_open(model: nn.Module, layers: Sequence[Layer], config: Config) -> None:
+    """Warns where a freezing rate or budget freezes nothing although nobody said that all layers stay open."""
+    freezes = config.freeze_rate > 0 or config.budget is not None
+    if config.always_open is None and freezes and all(layer.always_open for layer in layers):
+        names = ", ".join(layer.name for layer in layers[:3])
+        warnings.warn(
+            f"slimfit_fx: every layer of {type(model).__name__} counts as its head ({len(layers)}, such as {names}), "
+            "and is always open: none is frozen. Name in always_open what has to train at every step, () for nothing; "
+            "or set freeze_rate=0.",
+            SlimFitWarning,
+            stacklevel=2,
+        )
 
 
 def check_modules(model: nn.Module, config: Config) -> None:
@@ -91,24 +109,39 @@ def check_sharding(model: nn.Module) -> None:
         )
 
 
-def find_head(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The names that belong to the model's classification head, which is usually freshly initialised.
+def check_known(model: nn.Module | None, inputs: Iterable[Any], known: Container[int]) -> None:
+    """Raises `StateError` if a graph trains parameters of the model that it did not have when it was transformed.
 
-    transformers: what is outside of the base model, less a language model's output embedding; timm: the classifier;
-    otherwise by name.
+    Args:
+        inputs: of the graph.
+        known: identities of the parameters that the model had.
     """
-    names = list(names)
-    base = getattr(model, "base_model_prefix", "")
-    if base and isinstance(getattr(model, base, None), nn.Module):
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        vocabulary = set() if output is None else {id(parameter) for parameter in output.parameters()}
-        by_name = dict(model.named_parameters())
-        return [n for n in names if not n.startswith(base + ".") and id(by_name[n]) not in vocabulary]
-    classifier = getattr(model, "get_classifier", lambda: None)()
-    if isinstance(classifier, nn.Module):
-        head = {id(parameter) for parameter in classifier.parameters()}
-        return [name for name, parameter in model.named_parameters() if id(parameter) in head and name in names]
-    return [name for name in names if re.search(_HEAD_NAMES, name)]
+    added = {id(p) for p in inputs if isinstance(p, nn.Parameter) and p.requires_grad and id(p) not in known}
+    if not added or model is None:
+        return
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in added]
+    if names:
+        raise StateError(
+            f"parameters of the model were added or replaced after slimfit_fx.transform, for example {names[0]}: by a "
+            "new head, an adapter, or load_state_dict(assign=True). The scheduler does not know them. Do that first, "
+            "or call slimfit_fx.undo(model) and transform it again."
+        )
+
+
+def check_shapes(model: nn.Module) -> None:
+    """Raises `ModelError` if a module was not called yet, and has parameters without a shape."""
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ModelError(f"{lazy[0]} has no shape yet: call the model on a batch first, then transform it")
+
+
+def _sparse_weights(model: nn.Module) -> set[str]:
+    """Weights of embeddings whose gradients are sparse: they cannot be computed under a condition."""
+    return {
+        f"{prefix}.weight" if prefix else "weight"
+        for prefix, module in model.named_modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
+    }
 
 
 def _norm_weights(model: nn.Module) -> set[str]:

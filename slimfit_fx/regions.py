@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from .config import Config
+from .errors import StateError
 from .paths import joined, matches
 
 
@@ -26,6 +27,16 @@ class Region:
     kind: Hashable
 
 
+@dataclass(frozen=True)
+class Place:
+    """That `module` is the child `name` of `parent`, on the way to the region at `path`."""
+
+    parent: nn.Module
+    name: str
+    module: nn.Module
+    path: str
+
+
 def find_regions(model: nn.Module, config: Config) -> list[Region]:
     """`model` itself, or, with `regions="blocks"`, its repeated blocks and the modules beside them.
 
@@ -39,6 +50,29 @@ def find_regions(model: nn.Module, config: Config) -> list[Region]:
         return _structure(module), tuple(tuple(matches(config.codecs, path)) for path in inside)
 
     return [Region(paths[module], module, kind(module)) for module in captured_modules(model, config)]
+
+
+def places_of(model: nn.Module, regions: Sequence[Region]) -> list[Place]:
+    """Where the regions and the modules around them hang."""
+    places: dict[tuple[nn.Module, str], Place] = {}
+    for region in regions:
+        parent = model
+        for name in region.path.split(".") if region.path else ():
+            child = parent._modules[name]
+            assert child is not None
+            places[parent, name] = Place(parent, name, child, region.path)
+            parent = child
+    return list(places.values())
+
+
+def check_places(places: Iterable[Place]) -> None:
+    """Raises `StateError` if a module was replaced: the new one would run uncompiled, and train at every step."""
+    for place in places:
+        if place.parent._modules.get(place.name) is not place.module:
+            raise StateError(
+                f"{place.path}, or a module around it, was replaced after slimfit_fx.transform. Do that first, or call "
+                "slimfit_fx.undo(model) and transform it again."
+            )
 
 
 def captured_modules(model: nn.Module, config: Config) -> list[nn.Module]:

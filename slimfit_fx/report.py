@@ -27,6 +27,7 @@ class Report:
         open_gates: the gates at the time of asking.
         gradient_errors: what the codecs did to each gradient of the sample that `report` was given.
         optimizer_bytes: of the layers' optimizer states, (on their devices, on the host).
+        outside: layers that train outside of the captured graphs: what they need there is not in the plan.
     """
 
     plan: Plan
@@ -34,6 +35,7 @@ class Report:
     open_gates: Sequence[bool]
     gradient_errors: Mapping[str, GradientError] = field(default_factory=dict)
     optimizer_bytes: tuple[int, int] = (0, 0)
+    outside: Sequence[str] = ()
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -68,6 +70,7 @@ class Report:
                 "saved_bytes_before": self.saved_bytes_before,
                 "saved_bytes_after": self.saved_bytes_after,
                 "optimizer_bytes": self.optimizer_bytes,
+                "outside": list(self.outside),
                 "by_role": self.by_role(),
                 "gradient_errors": {name: asdict(error) for name, error in self.gradient_errors.items()},
                 "rows": self.rows,
@@ -133,6 +136,10 @@ class Report:
         dropped = sorted({self.layers[g.gate].name for g in self.plan.gradients if not g.conditional})
         if dropped:
             lines.append(f"Computed, then dropped when closed ({len(dropped)}): {', '.join(dropped)}.")
+        if self.outside:
+            lines.append(
+                f"Outside of the graphs, where nothing is compressed ({len(self.outside)}): {', '.join(self.outside)}."
+            )
         near, far = self.optimizer_bytes
         if near or far:
             host = f", {_size(far)} on the host" if far else ""

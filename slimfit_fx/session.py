@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
-from torch._C._autograd import _get_current_graph_task_keep_graph  # type: ignore[import-not-found]
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .backend import Capture, compile_capture
+from .backward_limits import watch_backward
 from .config import Config
-from .errors import BackwardError, StateError
+from .dynamo import own_code, own_error, retry_skipped_frames
+from .errors import StateError
 from .gates import Gates
-from .layers import Layer, check_modules, check_sharding, find_layers
+from .layers import Layer, check_known, check_modules, check_sharding, find_layers
+from .left_out import LeftOut
+from .outside import OutsideGradients
 from .parameter_hooks import spare_hooks
 from .places import Places
 from .plan import Plan, merge_plans
@@ -29,7 +31,6 @@ from .presets import CodecRules
 from .regions import Region
 from .scheduler import Arguments, Scheduler
 
-_numbers = itertools.count()
 # what a compiler of the user's, of the optimizer step or of the whole model, calls and does not look into
 not_traced: Callable[[Any], Any] = torch.compiler.disable
 
@@ -59,8 +60,10 @@ class Session:
     Attributes:
         layers: what each gate freezes, in the order of the gate table.
         captures: one for each graph that was compiled; several with regions, after a graph break or a recompile.
-        active: what the last forward ran, in order.
-        compiled_modules: those whose calls are compiled ones.
+        active: what the forward under way, or else the last one, ran for a backward, in order.
+        graph_calls: how often a graph was called.
+        calls: the compiled calls that modules have; weak, for they hold the model.
+        outside: what no graph computes.
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
@@ -72,12 +75,17 @@ class Session:
         self.gates = Gates([layer.name for layer in self.layers])
         self.captures: list[Capture] = []
         self.active: list[Run] = []
-        self._finished: list[Run] = []
+        self.graph_calls = 0
+        self.calls: WeakKeyDictionary[nn.Module, weakref.ref[Callable[..., Any]]] = WeakKeyDictionary()
+        layer_of = {parameters[name]: index for index, layer in enumerate(self.layers) for name in layer.parameters}
+        self.outside = OutsideGradients(model, self.gates, layer_of, _weak(self._why_outside))
         self.scheduler = Scheduler(self.gates, self.layers, parameters, config)
-        self._layer_of = {
-            id(parameters[name]): index for index, layer in enumerate(self.layers) for name in layer.parameters
-        }
-        self.compiled_modules: WeakSet[nn.Module] = WeakSet()
+        self._layer_of = {id(parameter): layer for parameter, layer in layer_of.items()}
+        self._known = set(map(id, parameters.values()))
+        self._model = weakref.ref(model)
+        self._finished: list[Run] = []  # what the last whole forward ran
+        self._under_way = False
+        self._left_out = LeftOut()
         self._path = ""  # of the region that is being called
         self._places = Places(model, {n: parameters[n] for layer in self.layers for n in layer.parameters})
         self._hooks = _listen_to_optimizers(self.scheduler)
@@ -85,12 +93,51 @@ class Session:
     @property
     def plan(self) -> Plan:
         """Of what the last forward ran."""
-        return merge_plans(run.plan for run in self.active if run.capture.split is not None)
+        return merge_plans(run.plan for run in self.active)
+
+    @property
+    def outside_layers(self) -> list[str]:
+        """The layers that are known to train outside of the graphs, if only by a part of their gradient."""
+        return [self.layers[layer].name for layer in sorted(self.outside.layers)]
+
+    def layer_shared_with(self, model: nn.Module) -> str | None:
+        """The name in `model` of a parameter that has a gate here."""
+        return next((name for name, parameter in model.named_parameters() if id(parameter) in self._layer_of), None)
 
     def close(self) -> None:
-        """Stops listening to optimizers and opens all gates."""
+        """Stops listening to optimizers and to gradients, and opens all gates."""
         self._hooks()
+        self.outside.close()
         self.gates.set(self.gates.names)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """What runs inside is one forward of the model.
+
+        One that ends in an exception leaves nothing behind: the last whole forward stays the last, and Dynamo tries
+        the frames again that it gave up because of the exception.
+
+        Raises:
+            BackendError: no graph ran.
+        """
+        if self._under_way:  # the model calls itself
+            yield
+            return
+        self.begin_forward()
+        self._left_out.begin()
+        self._under_way, before = True, self.graph_calls
+        try:
+            yield
+            if self.graph_calls == before:
+                raise self._left_out.error("the model")
+            self._left_out.collect()
+            self._finish_forward()
+        except BaseException:
+            self.active = self._finished
+            retry_skipped_frames()
+            raise
+        finally:
+            self._under_way = False
 
     def begin_forward(self) -> None:
         """The graphs that run from now on belong to another forward.
@@ -100,10 +147,21 @@ class Session:
             BackwardError: it runs inside of a transform of torch.func.
         """
         self._places.check()
+        self._finish_forward()
+        self.active = []
+
+    def _finish_forward(self) -> None:
         if self.active and self.active != self._finished:
             self._finished = self.active
             self.scheduler.plan = self.plan
-        self.active = []
+
+    def region_left_out(self, path: str) -> None:
+        """The region at `path` ran without a graph: the rest trains on, unless that was compiled too often.
+
+        Raises:
+            BackendError: it was.
+        """
+        self._left_out.check_limit(path or "the model")
 
     def compiled(self, regions: Sequence[Region]) -> list[Callable[..., Any]]:
         """For each region a function that calls its module with compiled graphs, which regions of a kind share.
@@ -112,7 +170,7 @@ class Session:
         """
         backend = _weak(self.compile)
         kinds = {region.kind: type(region.module).__name__ for region in regions}
-        functions = {kind: torch.compile(_own_code(name), backend=backend) for kind, name in kinds.items()}
+        functions = {kind: torch.compile(own_code(name), backend=backend) for kind, name in kinds.items()}
 
         def compiled(region: Region) -> Callable[..., Any]:
             function = functions[region.kind]
@@ -121,6 +179,10 @@ class Session:
                 outer, self._path = self._path, region.path
                 try:
                     return function(region.module, *args, **kwargs)
+                except Exception as error:
+                    if (own := own_error(error)) is error:
+                        raise
+                    raise own from own.__cause__
                 finally:
                     self._path = outer
 
@@ -134,9 +196,11 @@ class Session:
         Args:
             module: the graph.
             inputs: what it is called with now. Later calls may bring other parameters: those of another block.
-            delimits: whether a call that was there already begins another forward, for want of `begin_forward`.
+            delimits: whether a call that was there already begins another forward, for want of `forward`.
         """
         self._places.check()
+        check_known(self._model(), inputs, self._known)
+        self.outside.watch()
         capture = Capture(
             gated=tuple(position for position, tensor in enumerate(inputs) if id(tensor) in self._layer_of),
             activations=frozenset(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x.is_leaf),
@@ -148,11 +212,14 @@ class Session:
 
     def _run(self, capture: Capture, compiled: Callable[..., Any], delimits: bool, *arguments: Any) -> Any:
         """Calls a compiled graph with the gates of the moment."""
+        self.graph_calls += 1
         gated = [arguments[position] for position in capture.gated]
         if delimits:
             self._places.check()
         run = Run(capture, self._layers(gated), self._path)
-        if delimits and run in self.active:
+        if capture.split is None:  # no backward will follow
+            return compiled(*arguments, self.gates.read(run.layers))
+        if run in self.active and (delimits or (self._path and not self._under_way)):  # a block called by itself
             self.begin_forward()
         self.scheduler.begin_forward()
         if not self.active:
@@ -161,9 +228,11 @@ class Session:
         if not capture.ran:
             self.scheduler.check_budget(self.plan)
             capture.ran = True
+        flags = self.gates.read(run.layers)
+        self.outside.graph_ran(run.layers, flags.tolist())
         spare_hooks(gated)
-        outputs = compiled(*arguments, self.gates.read(run.layers))
-        _watch_backward(outputs, capture, functools.partial(_begin_backward, gated, weakref.ref(self.scheduler)))
+        outputs = compiled(*arguments, flags)
+        watch_backward(outputs, capture, functools.partial(_begin_backward, gated, weakref.ref(self.scheduler)))
         return outputs
 
     def _layers(self, parameters: Sequence[Any]) -> tuple[int | None, ...]:
@@ -172,6 +241,26 @@ class Session:
         if None in layers:
             self._places.check()
         return layers
+
+    def _why_outside(self) -> str:
+        """Why gradients come from outside of the graphs, and the way out.
+
+        Raises:
+            StateError: the compiled calls of the model are no longer in their place.
+        """
+        if any(module._compiled_call_impl is not call() for module, call in self.calls.items()):
+            raise StateError(
+                "the model, or a block of it, was compiled after slimfit_fx.transform, which took the place of our "
+                "call: gates have no effect. Leave model.compile() out, transform compiles the model itself; "
+                "slimfit_fx.undo(model) gives the plain model back."
+            )
+        if not self.graph_calls:
+            return (
+                "No graph of the model ran: call it as model(...), in training mode. model.forward(...), a part of the "
+                "model called by itself, and calls in eval mode are not compiled. If a part is what you train, "
+                "transform that part."
+            )
+        return str(self._left_out)
 
 
 def _weak(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,20 +274,6 @@ def _weak(method: Callable[..., Any]) -> Callable[..., Any]:
         return alive(*args, **kwargs)
 
     return call
-
-
-def _own_code(name: str) -> FunctionType:
-    """A function that calls a module, with a code object of its own.
-
-    Dynamo keeps compiled graphs, their recompile limit and what it learnt of dynamic shapes by code object. Under the
-    module's own code, which all modules of a class share, the ninth model of a sweep would run uncompiled.
-    """
-
-    def train(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return module._call_impl(*args, **kwargs)
-
-    code = train.__code__.replace(co_name=f"train_{name}_{next(_numbers)}")
-    return FunctionType(code, train.__globals__, code.co_name)
 
 
 def _listen_to_optimizers(scheduler: Scheduler) -> Callable[[], None]:
@@ -230,26 +305,3 @@ def _begin_backward(gated: Sequence[Tensor], scheduler: weakref.ref[Scheduler]) 
     spare_hooks(gated)  # what was registered since the forward
     if (target := scheduler()) is not None:
         target.backward_began()
-
-
-def _watch_backward(outputs: Iterable[Any], capture: Capture, begin: Callable[[], None]) -> None:
-    """Calls `begin` when the outputs' backward begins, and makes it name what it cannot do; torch would fail later, or
-    speak of its own internals."""
-
-    def check(_: Any) -> None:
-        if torch.is_grad_enabled():
-            raise BackwardError(
-                "backward(create_graph=True) needs a second backward, which compiled graphs do not have. "
-                "Use slimfit_fx.undo(model) for the steps that differentiate gradients."
-            )
-        if _get_current_graph_task_keep_graph() and not capture.retainable:
-            raise BackwardError(
-                "backward(retain_graph=True): the compiled backward reuses the memory of saved tensors. Set "
-                "torch._functorch.config.donated_buffer = False before the model's first training call to allow it."
-            )
-        begin()
-
-    for output in outputs:
-        if isinstance(output, Tensor) and output.grad_fn is not None:
-            output.grad_fn.register_prehook(check)
-            return

@@ -13,6 +13,7 @@ from .calls import compile_calls, restore_calls
 from .config import Config
 from .errors import ModelError, StateError, VersionError
 from .gates import Gates
+from .layers import check_shapes, warn_if_all_open
 from .probe import probe
 from .regions import find_regions
 from .report import Report
@@ -43,7 +44,7 @@ def transform(model: nn.Module, config: Config | None = None, **overrides: Any) 
     Raises:
         ConfigError: a field is unknown or has an impossible value, or a pattern matches nothing.
         ModelError: not a module, sharded by FSDP, or nothing in it can be frozen.
-        StateError: the model is transformed already.
+        StateError: the model, a part of it, or a model around it is transformed or compiled already.
         VersionError: torch is too old.
     """
     _check_version(torch.__version__)
@@ -51,6 +52,7 @@ def transform(model: nn.Module, config: Config | None = None, **overrides: Any) 
         raise ModelError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
     if session_of(model) is not None:
         raise StateError("the model is transformed already; slimfit_fx.undo(model) first to change its config")
+    check_shapes(model)
     config = (config or Config()).replace(**overrides)
     regions = find_regions(model, config)
     modules = [region.module for region in regions]
@@ -95,11 +97,12 @@ def report(model: nn.Module, sample: Any = None, loss: Callable[[Any], Tensor] |
         ModelError: the sample gives no loss.
     """
     session = _session(model)
-    if not any(run.capture.split for run in session.active):
+    if not session.active:
         raise StateError("nothing is captured yet: run one training forward of the model, then ask for the report")
     errors = {} if sample is None else probe(_original(model), session.config, sample, loss)
     plan, open_gates = session.plan, session.gates.table.tolist()
-    return Report(plan, session.layers, open_gates, errors, session.scheduler.optimizer_bytes())
+    optimizer_bytes, outside = session.scheduler.optimizer_bytes(), session.outside_layers
+    return Report(plan, session.layers, open_gates, errors, optimizer_bytes, outside)
 
 
 def graphs(model: nn.Module) -> list[tuple[fx.GraphModule, fx.GraphModule]]:
@@ -109,8 +112,19 @@ def graphs(model: nn.Module) -> list[tuple[fx.GraphModule, fx.GraphModule]]:
 
 
 def start_session(model: nn.Module, config: Config) -> Session:
-    """Finds the layers of `model` and begins to listen to optimizers."""
+    """Finds the layers of `model` and begins to listen to optimizers.
+
+    Raises:
+        StateError: layers of the model have another scheduler: that of a part of it, or of a model around it.
+    """
+    for other, session in list(_sessions.items()):
+        if (shared := session.layer_shared_with(model)) is not None:
+            raise StateError(
+                f"{shared} of this {type(model).__name__} belongs to a {type(other).__name__} that is transformed "
+                "already: two schedulers would freeze it. Transform one of the two; slimfit_fx.undo ends the other."
+            )
     session = _sessions[model] = Session(model, config)
+    warn_if_all_open(model, session.layers, config)
     return session
 
 
@@ -128,8 +142,7 @@ def _session(model: nn.Module) -> Session:
 
 def _original(model: nn.Module) -> nn.Module:
     """The module inside of what torch.compile returned, or `model` itself."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
+    return model._modules.get("_orig_mod") or model  # no getattr: wrappers forward it to what they wrap
 
 
 def _check_version(version: str) -> None:

@@ -14,7 +14,7 @@ from slimfit_fx import StateError
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
-from slimfit_fx.integrations.trainer import SlimFitCallback  # noqa: E402
+from slimfit_fx.integrations import SlimFitCallback  # noqa: E402
 
 WIDTH = 16
 

@@ -76,4 +76,3 @@ class Codec:
 def rounding_bound(x: Tensor) -> Tensor:
     """What decoding in float32 and rounding to x's dtype may add to a codec's error: a few units in the last place."""
     return x.double().abs() * (torch.finfo(x.dtype).eps + 4 * torch.finfo(torch.float32).eps) + smallest(x.dtype)
-
