@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .dynamo import not_traced
 from .errors import ModelError
 from .layers import check_sharding
 from .regions import Region, check_places, places_of
-from .session import Session, not_traced
+from .session import Session
 
 
 def compile_calls(model: nn.Module, regions: Sequence[Region], session: Session) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.convert_frame import input_codes
@@ -20,6 +22,8 @@ from torch._dynamo.types import FrameAction, FrameExecStrategy
 from .errors import SlimFitError
 
 _numbers = itertools.count()
+# what a compiler of the user's, of the optimizer step or of the whole model, calls and does not look into
+not_traced: Callable[[Any], Any] = torch.compiler.disable
 
 
 def steers_dynamo(error: BaseException) -> bool:

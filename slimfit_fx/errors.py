@@ -10,10 +10,6 @@ class SlimFitError(Exception):
     """Base class of the library's errors."""
 
 
-class SlimFitWarning(UserWarning):
-    """Training goes on, but not as it was meant to."""
-
-
 class ConfigError(SlimFitError, ValueError):
     """A field of `Config` has a value that nothing can be done with."""
 

@@ -110,13 +110,16 @@ def check_sharding(model: nn.Module) -> None:
 
 
 def check_known(model: nn.Module | None, inputs: Iterable[Any], known: Container[int]) -> None:
-    """Raises `StateError` if a graph trains parameters of the model that it did not have when it was transformed.
+    """Raises `StateError` if a graph trains matrices of the model that it did not have when it was transformed.
+
+    A new bias has no gate in any case, and does no harm.
 
     Args:
         inputs: of the graph.
         known: identities of the parameters that the model had.
     """
-    added = {id(p) for p in inputs if isinstance(p, nn.Parameter) and p.requires_grad and id(p) not in known}
+    matrices = (p for p in inputs if isinstance(p, nn.Parameter) and p.requires_grad and p.dim() > 1)
+    added = {id(matrix) for matrix in matrices if id(matrix) not in known}
     if not added or model is None:
         return
     names = [name for name, parameter in model.named_parameters() if id(parameter) in added]

@@ -12,8 +12,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .backend import Capture, compile_capture
 from .backward_limits import watch_backward
@@ -23,16 +21,14 @@ from .errors import StateError
 from .gates import Gates
 from .layers import Layer, check_known, check_modules, check_sharding, find_layers
 from .left_out import LeftOut
+from .optimizer_hooks import listen_to_optimizers
 from .outside import OutsideGradients
 from .parameter_hooks import spare_hooks
 from .places import Places
 from .plan import Plan, merge_plans
 from .presets import CodecRules
 from .regions import Region
-from .scheduler import Arguments, Scheduler
-
-# what a compiler of the user's, of the optimizer step or of the whole model, calls and does not look into
-not_traced: Callable[[Any], Any] = torch.compiler.disable
+from .scheduler import Scheduler
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ class Session:
         self._left_out = LeftOut()
         self._path = ""  # of the region that is being called
         self._places = Places(model, {n: parameters[n] for layer in self.layers for n in layer.parameters})
-        self._hooks = _listen_to_optimizers(self.scheduler)
+        self._hooks = listen_to_optimizers(self.scheduler)
 
     @property
     def plan(self) -> Plan:
@@ -274,30 +270,6 @@ def _weak(method: Callable[..., Any]) -> Callable[..., Any]:
         return alive(*args, **kwargs)
 
     return call
-
-
-def _listen_to_optimizers(scheduler: Scheduler) -> Callable[[], None]:
-    """Calls the scheduler around every optimizer step of the process; returns what ends that."""
-    alive = weakref.ref(scheduler)
-
-    @not_traced
-    def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        target = alive()
-        return None if target is None else target.before_optimizer_step(optimizer, args, kwargs)
-
-    @not_traced
-    def after(optimizer: Optimizer, *_: Any) -> None:
-        if (target := alive()) is not None:
-            target.after_optimizer_step(optimizer)
-
-    handles = (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after))
-
-    def remove() -> None:
-        for handle in handles:
-            handle.remove()
-
-    weakref.finalize(scheduler, remove)
-    return remove
 
 
 def _begin_backward(gated: Sequence[Tensor], scheduler: weakref.ref[Scheduler]) -> None:

@@ -168,7 +168,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def flat(shape: Sequence[int]) -> list[int]:
-    """`shape` with its last dimensions of known size in one: rows of codes that have no scale, and so may mix tokens."""
+    """`shape` with its last dimensions of known size in one: for codes without a scale, which may mix tokens."""
     known = 0
     while known < len(shape) and isinstance(shape[-1 - known], int):
         known += 1
