@@ -12,7 +12,7 @@ from slimfit_fx.errors import ConfigError
 
 from .codec import Codec, rounding_bound
 from .layout import RUN, Layout, as_rows, check_group, flat, row_of
-from .step import STEP_ROUNDING, finite, step_of, stored, wide
+from .step import STEP_ROUNDING, finite, smallest, step_of, stored, wide
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ class Quantize(Codec):
         extent = values.abs().amax(-1, keepdim=True)
         if not self.symmetric:
             extent = values.amax(-1, keepdim=True) - values.amin(-1, keepdim=True)
-        steps = (extent / self._levels).expand_as(values) * (1.0 if self.stochastic else 0.5) * (1 + STEP_ROUNDING)
+        shortest = smallest(x.dtype) * (1 if self.symmetric else 2)  # of halves, if asymmetric
+        step = (extent / self._levels).clamp(min=shortest).expand_as(values) * (1 + STEP_ROUNDING)
+        steps = step if self.stochastic else step / 2
         # the distance to a far offset is rounded as the offset is
         rounded = rounding_bound(values.abs().amax(-1, keepdim=True).to(x.dtype)).expand_as(values)
         return layout.join(layout.elements(steps * (1 + 1e-4) + 2 * rounded)).reshape(x.shape)
