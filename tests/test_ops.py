@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimfit_fx import ops
 
@@ -59,3 +61,43 @@ def test_embedding_gradient_sums_rows_where_the_mask_is():
     assert ops.embedding_gradient(*arguments, 0, torch.float32).tolist() == expected
     assert ops.embedding_gradient(*arguments, 1, torch.bfloat16).shape == (0, 2)
     assert ops.embedding_gradient(*arguments, 1, torch.bfloat16).dtype is torch.bfloat16
+
+
+class Recorded(TorchDispatchMode):
+    """Notes the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operators.append(function.overloadpacket.__name__)
+        return function(*args, **kwargs or {})
+
+
+ROWS, INDICES, MASK = torch.randn(4, 3), torch.arange(4), torch.ones(4, 1, dtype=torch.bool)
+COLUMNS = ROWS.t().contiguous()
+
+
+@pytest.mark.parametrize(
+    ("work", "call"),
+    [
+        ("clone", lambda gates, gate: ops.keep(ROWS, gates, [gate])),
+        ("clone", lambda gates, gate: ops.pass_gradient(ROWS, gates, gate)),
+        ("mm", lambda gates, gate: ops.weight_gradient(COLUMNS, ROWS, gates, gate, torch.float32)),
+        (
+            "index_put_",
+            lambda gates, gate: ops.embedding_gradient(ROWS, INDICES, MASK, 9, gates, gate, torch.float32),
+        ),
+    ],
+    ids=["keep", "pass_gradient", "weight_gradient", "embedding_gradient"],
+)
+def test_a_closed_gate_costs_nothing(work, call):
+    """No memory for a result that is dropped, no multiplication and no sum: nothing but a look at the gate."""
+    gates, ran = torch.tensor([True, False]), []
+    for gate in (0, 1):
+        with Recorded() as recorded:
+            call(gates, gate)
+        ran.append(set(recorded.operators))
+    assert work in ran[0]
+    assert ran[1] <= {"select", "_local_scalar_dense", "is_nonzero", "new_empty"}
