@@ -104,7 +104,7 @@ class Session:
         """
         backend = _weak(self.compile)
         kinds = {region.kind: type(region.module).__name__ for region in regions}
-        functions = {kind: torch.compile(_own_code(name), backend=backend) for kind, name in kinds.items()}
+        functions = {kind: torch.compile(own_code(name), backend=backend) for kind, name in kinds.items()}
 
         def compiled(region: Region) -> Callable[..., Any]:
             function = functions[region.kind]
@@ -178,7 +178,7 @@ def _weak(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _own_code(name: str) -> FunctionType:
+def own_code(name: str) -> FunctionType:
     """A function that calls a module, with a code object of its own.
 
     Dynamo keeps compiled graphs, their recompile limit and what it learnt of dynamic shapes by code object. Under the
