@@ -143,7 +143,7 @@ def test_every_gated_gradient_passes_a_gate(program: Program):
     dropped = count_calls(backward, ops.pass_gradient.default)
     assert conditional + dropped == len(gated_parameters(slim))
     linear = sum(n in ("linear", "linear_2d", "linear_no_bias", "projection") for n in program.steps)
-    linear += sum({"branch": 3, "attention": 4, "gated_unit": 3}.get(n, 0) for n in program.steps)
+    linear += sum({"branch": 3, "attention": 4, "math_attention": 4, "gated_unit": 3}.get(n, 0) for n in program.steps)
     assert products == linear + 1  # and the head
     assert conditional == products + program.embedded
 
