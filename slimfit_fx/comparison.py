@@ -112,11 +112,11 @@ class Comparison:
         """Bit-equal to the compiled model; equal but for rounding to eager PyTorch."""
         for label, run in (("with all gates open", self.opened), ("with half of the layers closed", self.half)):
             if not _same(run.outputs, self.plain.outputs):
-                yield f"the outputs {label} are not those of the compiled model to the last bit"
+                yield f"the outputs {label} are not, to the last bit, those of the model compiled without slimfit_fx"
         if not self.eager.random:
             error = _relative(self.plain.outputs, self.eager.outputs)
             if not error <= self.rounding:
-                yield f"the compiled model's own outputs, without slimfit_fx, are off by {error:.2g} of eager PyTorch's"
+                yield f"already without slimfit_fx the compiled model's outputs are {error:.2g} off eager PyTorch's"
 
     def _gradients(self) -> Iterator[str]:
         infinite = [name for name, gradient in self.plain.gradients.items() if not gradient.isfinite().all()]

@@ -21,7 +21,7 @@ class Run:
     """What one forward and backward gave; tensors are on the CPU.
 
     Attributes:
-        outputs: the tensors that the model returned.
+        outputs: the tensors that the model returned, and the loss.
         gradients: by parameter name, without those that are None.
         saved: bytes handed to the backward, by autograd's own nodes.
         random: whether random numbers were drawn.
@@ -64,7 +64,7 @@ def run(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None, ses
             plan = session.plan
             reported = plan.bytes_at(session.gates.table.tolist())
         saved = handed_over([*tensors(outputs), value], held)
-        results = [tensor.detach().cpu().clone() for tensor in tensors(outputs)]
+        results = [tensor.detach().cpu().clone() for tensor in (*tensors(outputs), value)]
         value.backward()
         gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     return Run(results, gradients, saved, drawn, reported, plan)

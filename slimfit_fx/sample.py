@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -40,8 +41,16 @@ def scalar_loss(outputs: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
 
 
 def tensors(values: Any) -> list[Tensor]:
-    """The tensors in `values`, whatever container they are in."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    """The tensors in `values`, in whatever container, mappings and data classes that torch does not know included."""
+    found = []
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):
+            found += tensors(list(leaf.values()))
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors(list(vars(leaf).values()))
+    return found
 
 
 def random_state(model: nn.Module) -> list[Tensor]:
