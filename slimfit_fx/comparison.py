@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .codecs import WhenFrozen
 from .gradient_error import TOLERANCES, GradientError, Tolerance, gradient_errors, negligible, rounding, whole_norm
 from .layers import Layer
 from .runs import Run
@@ -45,6 +46,8 @@ class Comparison:
         notes = []
         if self.eager.random:
             notes.append("The forward draws random numbers, other ones in eager PyTorch: not compared with that.")
+        if self._pruned:
+            notes.append("A closed norm's input is pruned: gradients with half of the layers closed are not judged.")
         return Verification(
             preset=self.preset,
             mode=mode,
@@ -105,6 +108,11 @@ class Comparison:
         return found is not None and negligible(found, self.plain.gradients[name], self._norm)
 
     @cached_property
+    def _pruned(self) -> bool:
+        """Whether what is saved of an open layer depends on the gates of another, a norm."""
+        return any(isinstance(tensor.codec, WhenFrozen) for tensor in self.half.plan.saved)
+
+    @cached_property
     def _norm(self) -> float:
         return whole_norm(self.plain.gradients)
 
@@ -123,10 +131,10 @@ class Comparison:
         if infinite:
             yield f"the untransformed model's own gradients are not finite ({_some(infinite)}): nothing can be compared"
             return
-        for label, run, errors in (
-            ("all gates open", self.opened, self._errors),
-            ("half closed", self.half, self._half_errors),
-        ):
+        judged = [("all gates open", self.opened, self._errors)]
+        if not self._pruned:
+            judged.append(("half closed", self.half, self._half_errors))
+        for label, run, errors in judged:
             for name, error in errors.items():
                 allowed = self.tolerance.whole if name == "all" else self.tolerance.each
                 if error.relative <= allowed or (name != "all" and self._negligible(name, run)):

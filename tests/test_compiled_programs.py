@@ -46,7 +46,7 @@ def subject(name: str) -> Subject:
     return Subject(chosen.model(), inputs, chosen.dtype, random="dropout" in chosen.steps)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_compiled_program(name, preset):
     assert not faults(subject(name), preset)
