@@ -1,7 +1,7 @@
 """Encodes saved tensors right behind their producers, and decodes them right before their readers.
 
 A codec is traced to ATen operators, once for all tensors of one form, and spliced into both graphs, so that the code
-generator fuses it with its neighbours. It sees the tensor in memory order, whatever dimensions a view has permuted.
+generator fuses it with its neighbours. It sees the tensor as rows (`find_rows.py`), whatever views made of it.
 """
 
 from __future__ import annotations
@@ -22,31 +22,40 @@ from slimfit_fx.graph import (
     aten,
     bytes_of,
     fake_result,
-    hint,
     insertion_behind,
     origin_of,
     storage_bytes,
     storage_of,
 )
-from slimfit_fx.plan import Plan
+from slimfit_fx.plan import Plan, SavedTensor
 from slimfit_fx.split_graph import SplitGraph
+
+from .find_rows import Rows, find_rows
 
 
 def compress(split: SplitGraph, plan: Plan) -> None:
-    """Applies the codec of every row of the plan whose tensor is still saved, and notes the bytes of its parts."""
+    """Applies the codec of every row of the plan whose tensor is still saved, and notes the bytes of its parts.
+
+    Tensors that share a storage share its fate: if one of them is stored as it is, so are the others.
+    """
+    saved = [(produced, taken, row) for produced, taken in split.saved() if (row := plan.find(taken.name)) is not None]
+    saved = [(produced, taken, row) for produced, taken, row in saved if not row.borrowed]
+    whole = {storage_of(produced) for produced, taken, row in saved if not _encodes(row, taken)}
     counted, traces = set(), _Traces()
-    for produced, taken in list(split.saved()):
-        row = plan.find(taken.name)
-        if row is None or row.borrowed:
-            continue
-        if row.codec is not None and row.codec.accepts(taken.meta["val"].dtype):
-            tensor = _Encoded(row.codec, taken, traces)
+    for produced, taken, row in saved:
+        storage = storage_of(produced)
+        if storage not in whole and row.codec is not None:
+            tensor = _Encoded(row.codec, taken, find_rows(produced, taken, row.role), traces)
             parts = tensor.encode(split, produced)
             split.replace_saved(taken, parts, functools.partial(tensor.decode, split))
             row.store(sum(bytes_of(part, row.rows) for part in parts), row.codec.label)
         else:
-            row.store(0 if storage_of(produced) in counted else storage_bytes(produced, row.rows))
-            counted.add(storage_of(produced))
+            row.store(0 if storage in counted else storage_bytes(produced, row.rows))
+            counted.add(storage)
+
+
+def _encodes(row: SavedTensor, taken: fx.Node) -> bool:
+    return row.codec is not None and row.codec.accepts(taken.meta["val"].dtype)
 
 
 def trace(function: Callable[..., Any], *arguments: Any) -> fx.GraphModule:
@@ -92,19 +101,21 @@ def _renamed(text: str) -> str:
 
 
 class _Encoded:
-    """A codec for one saved tensor, which it sees in memory order."""
+    """A codec for one saved tensor, of which it sees the rows."""
 
-    def __init__(self, codec: Codec, taken: fx.Node, traces: _Traces) -> None:
+    def __init__(self, codec: Codec, taken: fx.Node, rows: Rows, traces: _Traces) -> None:
         value = taken.meta["val"]
-        strides = [hint(stride) for stride in value.stride()]
         self.codec, self.taken, self.dtype, self.traces = codec, taken, value.dtype, traces
-        self.order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
-        self.inverse = [self.order.index(dim) for dim in range(value.dim())]
-        self.shape = [value.shape[dim] for dim in self.order]
+        self.rows = rows
+        self.inverse = [rows.order.index(dim) for dim in range(value.dim())]
+        self.shape = [value.shape[dim] for dim in rows.order]
+        self.row_shape = rows.shape(value.shape)
 
     def encode(self, split: SplitGraph, produced: fx.Node) -> list[fx.Node]:
-        function = lambda x: self.codec.encode(x.permute(self.order))  # noqa: E731
-        traced = self.traces.get_or_trace(function, [produced.meta["val"]], "encode", self.codec, self.order)
+        def function(x: Tensor) -> tuple[Tensor, ...]:
+            return self.codec.encode(x.permute(self.rows.order).reshape(self.rows.shape(x.shape)))
+
+        traced = self.traces.get_or_trace(function, [produced.meta["val"]], "encode", self.codec, self.rows)
         _follow_producer(produced)
         with insertion_behind(produced):
             return _splice(split.forward.graph, traced, [produced], produced)
@@ -112,11 +123,12 @@ class _Encoded:
     def decode(self, split: SplitGraph, parts: list[fx.Node]) -> fx.Node:
         def function(*arguments: Tensor) -> Tensor:
             # the sizes that follow the parts are not read: the trace finds the symbols of `shape` in them
-            return self.codec.decode(arguments[: len(parts)], self.shape, self.dtype).permute(self.inverse)
+            rows = self.codec.decode(arguments[: len(parts)], self.row_shape, self.dtype)
+            return rows.reshape(self.shape).permute(self.inverse)
 
         arguments = [*parts, *split.sizes().values()]
         values = [argument.meta["val"] for argument in arguments]
-        options = ("decode", self.codec, self.shape, self.dtype, self.inverse)
+        options = ("decode", self.codec, self.shape, self.row_shape, self.dtype, self.inverse)
         traced = self.traces.get_or_trace(function, values, *options)
         with split.insertion():
             (restored,) = _splice(split.backward.graph, traced, arguments, self.taken, split.late)

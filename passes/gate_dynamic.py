@@ -86,7 +86,7 @@ def _match(position: int, gate: int, gradient: fx.Node, backward: set[fx.Node]) 
     while node.target in _TRANSPOSES or node.target in CONVERSIONS:
         if len(node.users) > 1:
             return None
-        transposed ^= node.target in _TRANSPOSES
+        transposed ^= _transposes(node)
         node = node.all_input_nodes[0]
     if node.target is not aten.mm.default or len(node.users) > 1:
         return None
@@ -182,6 +182,16 @@ def _insert_pass_gradient(joint: JointGraph, gates: fx.Node, gate: int, gradient
 def _rows(match: _LinearGradient) -> fx.Node:
     """The activation as [n, k], a row per token: as a product's first factor it comes transposed."""
     activation = match.activation
-    if activation is match.product.args[0] and activation.target in _TRANSPOSES:
+    if activation is match.product.args[0] and _transposes(activation):
         return activation.all_input_nodes[0]
     return activation
+
+
+def _transposes(node: fx.Node) -> bool:
+    """Whether a node exchanges the two dimensions of a matrix: a permutation may leave them where they are."""
+    if node.target is aten.permute.default:
+        return [dim % 2 for dim in node.args[1]] == [1, 0]  # type: ignore[operator, union-attr]
+    if node.target is aten.transpose.int:
+        _, first, second = node.args
+        return (first - second) % 2 == 1  # type: ignore[operator]
+    return node.target is aten.t.default

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
-from slimfit_fx.graph import hint, is_tensor, keep_of, storage_bytes, storage_of
+from slimfit_fx.graph import bytes_of, hint, is_tensor, keep_of, storage_bytes, storage_of
 from slimfit_fx.plan import GatedGradient, Plan, SavedTensor
 from slimfit_fx.presets import CodecRules
 from slimfit_fx.roles import GATES
@@ -21,7 +22,7 @@ _SMALL = 64
 
 
 def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: CodecRules) -> Plan:
-    """The plan of `split`. Bytes are counted once a storage, and not at all where the caller holds it anyway.
+    """The plan of `split`. A storage's bytes are counted once, and not at all where the caller holds it anyway.
 
     Args:
         split: with the passes' operators in it.
@@ -34,7 +35,7 @@ def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: Code
         for position, node in split.inputs().items()
         if is_tensor(node) and position not in split.activations and node is not gates
     }
-    counted = set(inputs)
+    sizes = _bytes_of_storages(split)
     plan = Plan(gradients=list(gradients))
     for produced, taken in split.saved():
         storage = storage_of(produced)
@@ -50,15 +51,34 @@ def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: Code
                 shape=tuple(int(size) if str(size).isdigit() else str(size) for size in value.shape),
                 dtype=str(value.dtype).removeprefix("torch."),
                 gates=tuple(kept.args[2]) if kept else (),  # type: ignore[arg-type]
-                nbytes=0 if storage in counted else storage_bytes(produced, rows),
+                nbytes=0 if storage in inputs else next(sizes[storage]),
                 borrowed=storage in inputs,
                 rows=rows,
                 rebuildable=rules.rebuild and role != GATES,
             )
         )
-        counted.add(storage)
     _choose_codecs(plan, rules)
     return plan
+
+
+def _bytes_of_storages(split: SplitGraph) -> dict[Any, Iterator[int]]:
+    """For each storage the bytes that each saved tensor in it stands for: its own, and the first one for the rest.
+
+    Views that overlap are counted once, with the first of them.
+    """
+    shares: dict[Any, list[int]] = {}
+    totals: dict[Any, int] = {}
+    for produced, _ in split.saved():
+        kept = keep_of(produced)
+        rows = hint(kept.args[0].meta["val"].shape[0]) if kept else 0  # type: ignore[union-attr]
+        storage = storage_of(produced)
+        shares.setdefault(storage, []).append(bytes_of(produced, rows))
+        totals[storage] = storage_bytes(produced, rows)
+    for storage, (first, *others) in shares.items():
+        if first + sum(others) > totals[storage]:
+            others = [0] * len(others)
+        shares[storage] = [totals[storage] - sum(others), *others]
+    return {storage: iter(sizes) for storage, sizes in shares.items()}
 
 
 def _choose_codecs(plan: Plan, rules: CodecRules) -> None:

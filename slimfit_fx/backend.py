@@ -45,9 +45,11 @@ from slimfit_fx.passes import (
 from . import ops as ops
 from .errors import BackendError, SlimFitError
 from .graph import JointGraph
+from .loop_split import exact_loop_splits
 from .peak_estimate import true_input_sizes
 from .plan import Plan
 from .presets import CodecRules
+from .saved_inputs import save_inputs_unchanged
 from .split_graph import SplitGraph
 
 # What is done to a split graph and its plan, in order; to add a pass, add it here.
@@ -152,9 +154,11 @@ def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Parti
 
 def _compile_inner(capture: Capture, gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
     if not options.get("is_backward"):
-        return compile_fx_inner(gm, inputs, **options)
+        save_inputs_unchanged(gm)
+        with exact_loop_splits():
+            return compile_fx_inner(gm, inputs, **options)
     try:
-        with true_input_sizes():
+        with exact_loop_splits(), true_input_sizes():
             return _drop_closed(compile_fx_inner(gm, inputs, **options), capture)
     except Exception as error:  # the first backward compiles the backward graph, long after `compile_capture`
         raise _explained(error, gm) from error

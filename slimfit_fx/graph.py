@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._functorch._aot_autograd.descriptors import AOTInput, GradAOTOutput, PlainAOTInput
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
@@ -22,6 +23,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
+
+# An input of a graph: its position in the captured graph, or what AOTAutograd says of a part of one.
+InputKey = int | AOTInput
 
 # Where a node came from: copied to the nodes that replace or extend it, for the report and for debugging.
 _ORIGIN = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "original_aten", "seq_nr")
@@ -45,6 +49,9 @@ VIEWS = frozenset(
         aten._unsafe_view.default,
     }
 )
+
+# Operators whose outputs are parts of their input's storage.
+SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int})
 
 # Operators that give the same values in another dtype.
 CONVERSIONS = frozenset({aten._to_copy.default, torch.ops.prims.convert_element_type.default})
@@ -78,8 +85,8 @@ class JointGraph:
         return self.module.graph
 
     @property
-    def inputs(self) -> dict[int, fx.Node]:
-        """The model's inputs, parameters included, by their position in the captured graph."""
+    def inputs(self) -> dict[InputKey, fx.Node]:
+        """The model's inputs, parameters included: see `inputs_of`."""
         return inputs_of(self.graph)
 
     @property
@@ -93,30 +100,38 @@ class JointGraph:
         return self._results()[: self.num_outputs + self.extra_outputs]
 
     def gradients(self) -> dict[int, fx.Node]:
-        """The gradients that the backward returns, by the position of their input."""
-        results = self._results()[self.num_outputs + self.extra_outputs :]
-        return {
-            position: gradient
-            for position, gradient in zip(self.inputs, results, strict=False)
-            if isinstance(gradient, fx.Node)
-        }
+        """The gradients that the backward returns, by the position of their input.
+
+        One that is a tensor subclass comes in parts, and is not among them.
+        """
+        results = self._results()
+        return {position: results[place] for position, place in self._gradient_places().items()}
 
     def set_gradient(self, position: int, gradient: fx.Node) -> int:
         """Replaces the gradient of the input at `position`; returns its place among the backward's outputs."""
-        place = list(self.inputs).index(position)
+        place = self._gradient_places()[position]
         results = self._results()
-        results[self.num_outputs + self.extra_outputs + place] = gradient
+        results[place] = gradient
         self._output.args = (results,)
-        return place
+        return place - self.num_outputs - self.extra_outputs
+
+    def _gradient_places(self) -> dict[int, int]:
+        """Where the gradient of an input is among the results. Parts of one input have one gradient."""
+        places = {}
+        for place, (result, description) in enumerate(zip(self._results(), self._output.meta["desc"], strict=True)):
+            if isinstance(description, GradAOTOutput) and isinstance(result, fx.Node):
+                source = description.grad_of
+                if isinstance(source, PlainAOTInput):
+                    places[source.idx] = place
+        return places
 
     def add_output(self, node: fx.Node) -> None:
         """Makes the forward compute `node`, so that the partitioner does not move it to the backward."""
         results = self._results()
         end = self.num_outputs + self.extra_outputs
         self._output.args = ([*results[:end], node, *results[end:]],)
-        if "desc" in self._output.meta:
-            descriptions = list(self._output.meta["desc"])
-            self._output.meta["desc"] = [*descriptions[:end], None, *descriptions[end:]]
+        descriptions = list(self._output.meta["desc"])
+        self._output.meta["desc"] = [*descriptions[:end], None, *descriptions[end:]]
         self.extra_outputs += 1
 
     def insert(self, target: Callable[..., Any], args: tuple[Any, ...], *, before: fx.Node, origin: fx.Node) -> fx.Node:
@@ -237,10 +252,13 @@ def is_pointwise(node: fx.Node) -> bool:
     return node.op == "call_function" and not random and (torch.Tag.pointwise in tags or node.target in COPIES)
 
 
-def inputs_of(graph: fx.Graph) -> dict[int, fx.Node]:
-    """The primals of a graph by their position in the captured graph, whatever AOTAutograd did to their order."""
-    primals = [node for node in graph.find_nodes(op="placeholder") if node.name.startswith("primals")]
-    return {getattr(node.meta.get("desc"), "idx", order): node for order, node in enumerate(primals)}
+def inputs_of(graph: fx.Graph) -> dict[InputKey, fx.Node]:
+    """The primals of a graph by their position in the captured graph, whatever AOTAutograd did to their order.
+
+    An input that is a tensor subclass (torchao, DTensor) comes in parts, each by its descriptor.
+    """
+    primals = {node: node.meta["desc"] for node in graph.find_nodes(op="placeholder") if node.name.startswith("primals")}
+    return {source.idx if isinstance(source, PlainAOTInput) else source: node for node, source in primals.items()}
 
 
 def dependent_on_gradients(graph: fx.Graph) -> set[fx.Node]:
@@ -257,7 +275,7 @@ def dependent_on_gradients(graph: fx.Graph) -> set[fx.Node]:
 def gates_of(graph: fx.Graph) -> fx.Node:
     """The input that `expose_gates` added behind the others."""
     inputs = inputs_of(graph)
-    return inputs[max(inputs)]
+    return inputs[max(key for key in inputs if isinstance(key, int))]
 
 
 def is_tensor(node: Any) -> bool:

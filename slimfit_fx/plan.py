@@ -23,7 +23,8 @@ class SavedTensor:
         shape: as the forward saw it at capture; a dimension of dynamic size is its symbol.
         dtype: as torch names it, for example `"float32"`.
         gates: those that decide whether it is kept; empty for a static tensor.
-        nbytes: of the storage that stays alive for it, 0 if that is an input, a parameter, or counted in another row.
+        nbytes: of its part of the storage that stays alive for it, 0 if that is an input, a parameter, or counted in another
+            row.
         borrowed: whether the caller holds its storage anyway: an input, a parameter, or a view of one.
         rows: how many rows a dynamic tensor has when a gate is open.
         rebuildable: whether it is left out if it can be computed from other saved tensors.

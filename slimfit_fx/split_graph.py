@@ -19,7 +19,7 @@ from torch import fx
 from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from .graph import VIEWS, fake_result, gates_of, inputs_of, is_tensor, origin_of
+from .graph import VIEWS, InputKey, fake_result, gates_of, inputs_of, is_tensor, origin_of
 
 
 @dataclass
@@ -37,8 +37,8 @@ class SplitGraph:
     activations: frozenset[int] = frozenset()
     late: set[fx.Node] = field(default_factory=set)
 
-    def inputs(self) -> dict[int, fx.Node]:
-        """The forward's inputs, parameters included, by their position in the captured graph."""
+    def inputs(self) -> dict[InputKey, fx.Node]:
+        """The forward's inputs, parameters included: see `inputs_of`."""
         return inputs_of(self.forward.graph)
 
     @property

@@ -152,9 +152,9 @@ def test_pruning_keeps_the_largest():
 
 
 def test_bytes():
-    assert Quantize(8, 128).nbytes((16, 768), torch.float32) == 16 * (768 + 6 * 4)
-    assert Quantize(4, 64).nbytes((16, 768), torch.bfloat16) == 16 * (384 + 12 * 4)
-    assert Quantize(2, 64, symmetric=False).nbytes((4, 64), torch.float32) == 4 * (16 + 8)
+    assert Quantize(8, 128).nbytes((16, 768), torch.float32) == 16 * (768 + 6 * 2)
+    assert Quantize(4, 64).nbytes((16, 768), torch.bfloat16) == 16 * (384 + 12 * 2)
+    assert Quantize(2, 64, symmetric=False).nbytes((4, 64), torch.float32) == 4 * (16 + 2 + 4)
     assert FixedPoint(4, 0.5, -4.0).nbytes((8, 512), torch.float32) == 8 * 256
     assert BitMask().nbytes((8, 512), torch.bool) == 8 * 64
     assert TopK(0.1).nbytes((10, 100), torch.float32) == 100 * 8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .codec import Codec
-from .layout import RUN, grouped, pack, ungrouped, unpack
+from .layout import RUN, Layout, as_rows, flat, row_of
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,16 @@ class BitMask(Codec):
         return dtype is torch.bool
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (pack(grouped(x.to(torch.float32), RUN, 8), 1),)
+        layout = self._layout(x.shape)
+        return (layout.pack(layout.split(as_rows(x.to(torch.float32).reshape(flat(x.shape))))),)
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return ungrouped(unpack(parts[0], 1, dtype), shape, RUN, 8)
+        layout = self._layout(shape)
+        return layout.join(layout.unpack(parts[0], dtype)).reshape(tuple(shape)).contiguous()
 
     def error_bound(self, x: Tensor) -> Tensor:
         return torch.zeros(x.shape, dtype=torch.float64)
+
+    @staticmethod
+    def _layout(shape: Sequence[int]) -> Layout:
+        return Layout.of(row_of(flat(shape)), RUN, per=8)

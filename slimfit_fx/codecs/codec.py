@@ -11,6 +11,8 @@ from torch import Tensor
 
 from slimfit_fx.errors import choose
 
+from .step import smallest
+
 
 @dataclass(frozen=True)
 class Codec:
@@ -75,7 +77,3 @@ def rounding_bound(x: Tensor) -> Tensor:
     """What decoding in float32 and rounding to x's dtype may add to a codec's error: a few units in the last place."""
     return x.double().abs() * (torch.finfo(x.dtype).eps + 4 * torch.finfo(torch.float32).eps) + smallest(x.dtype)
 
-
-def smallest(dtype: torch.dtype) -> float:
-    """A step under which a group is stored as zeros; not a denormal, which some hardware flushes to zero."""
-    return max(torch.finfo(dtype).smallest_normal, 1e-36)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from slimfit_fx.errors import choose
 
-from .codec import Codec, rounding_bound, smallest
-from .layout import check_group, grouped, ungrouped
+from .codec import Codec, rounding_bound
+from .layout import Layout, as_rows, check_group, row_of
+from .step import STEP_ROUNDING, finite, step_of, stored, wide
 
 _FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -40,23 +41,29 @@ class Float8(Codec):
         return f"float8 {self.format}, group {self.group}"
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        values = grouped(x.to(torch.float32), self.group)
-        scale = (values.abs().amax(-1, keepdim=True) / self._largest).clamp(min=smallest(x.dtype))
-        scale = scale + scale * 0.0
+        values = self._layout(x.shape).split(as_rows(x.to(torch.float32)))
+        scale = step_of(values.abs().amax(-1, keepdim=True), self._largest, x.dtype)
         scaled = (values / scale).clamp(-self._largest, self._largest)
-        return scaled.to(_FORMATS[self.format]), scale
+        return scaled.to(_FORMATS[self.format]), stored(scale)
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         codes, scale = parts
-        return ungrouped(codes.to(torch.float32) * scale, shape, self.group).to(dtype)
+        layout = self._layout(shape)
+        values = layout.elements(codes).to(torch.float32) * layout.spread(wide(scale))
+        return layout.join(finite(values, dtype)).reshape(tuple(shape)).to(dtype).contiguous()
 
     def error_bound(self, x: Tensor) -> Tensor:
-        values = grouped(x.double(), self.group)
+        layout = self._layout(x.shape)
+        values = layout.split(as_rows(x)).double()
         information = torch.finfo(_FORMATS[self.format])
-        scale = values.abs().amax(-1, keepdim=True) / self._largest
+        largest = values.abs().amax(-1, keepdim=True)
+        scale = largest / self._largest * (1 + STEP_ROUNDING)
         error = values.abs() * information.eps / 2 + scale * information.smallest_normal * information.eps / 2
-        rounded = rounding_bound(values.abs().amax(-1, keepdim=True).to(x.dtype))
-        return ungrouped(error * (1 + 1e-4) + 2 * rounded, x.shape, self.group)
+        rounded = rounding_bound(largest.to(x.dtype))
+        return layout.join(layout.elements(error * (1 + 1e-4) + 2 * rounded)).reshape(x.shape)
+
+    def _layout(self, shape: Sequence[int]) -> Layout:
+        return Layout.of(row_of(shape), self.group)
 
     @property
     def _largest(self) -> float:

@@ -1,15 +1,20 @@
-"""How a tensor is cut into groups, and groups of small codes into bytes.
+"""How the rows of a tensor are cut into groups, and groups of small codes into bytes.
 
-A group is a run of neighbours in memory order. The first dimension is never merged with others: it may be known at run
-time only (a batch, or the rows of a kept tensor). Several codes share a byte across the group, not side by side:
-byte j of a group holds elements j, j + s, j + 2s, … where s is the number of bytes. Generated code then reads and
-writes runs of neighbours, which vector units can, instead of shuffling bits between lanes.
+A row is the last dimension; a group never reaches over its end, since rows (tokens) may differ in scale by orders of
+magnitude. A row is divided evenly where its length has a divisor of a useful size (688 = 8 x 86). Otherwise its last
+group is filled up with zeros. Those groups are decoded through computed places: dividing a loop variable by a number
+that does not divide the loop's length is what code generators get wrong.
+
+Several codes share a byte across the group, not side by side: byte j of a group holds elements j, j + s, j + 2s, …
+where s is the number of bytes. Generated code then reads and writes runs of neighbours, which vector units can,
+instead of shuffling bits between lanes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,82 +32,155 @@ def check_group(codec: str, group: int) -> None:
         raise ConfigError(f"{codec}: group is a number of elements, at least 8, got {group!r}")
 
 
-def grouped(x: Tensor, group: int, multiple: int = 1) -> Tensor:
-    """x as [..., groups, size]: groups of about `group` elements of a row, their size a multiple of `multiple`.
+@dataclass(frozen=True)
+class Layout:
+    """A row of `row` elements as groups of equal size; a row whose length is known at run time is one group.
 
-    A row is divided evenly, so that a row length without small divisors costs little padding (zeros).
+    Attributes:
+        count: how many groups.
+        multiple: of which their size is one.
+        units: the multiples in a group.
+        even: whether the groups are the row, without padding.
+        per: codes that share a byte; divides `multiple`.
     """
-    lead, row = _rows(x.shape)
-    count, size = _sizes(row, group, multiple)
-    x = x.reshape(*lead, row)
-    if not _fits(row, count, size, multiple):
-        x = pad(x, (0, count * size - row))
-    return x.reshape(*lead, count, size)
+
+    row: int
+    count: int
+    multiple: int
+    units: int
+    even: bool
+    per: int = 1
+
+    @classmethod
+    def of(cls, row: int, group: int, per: int = 1, multiple: int = 0) -> Layout:
+        """Groups of about `group` elements, their size a multiple of `multiple`, by default of `per`."""
+        multiple = multiple or per
+        if not isinstance(row, int):
+            if multiple == 1:
+                return cls(row, 1, 1, row, True, per)
+            # always some padding, and never one unit alone: both would be guards on the length
+            return cls(row, 1, multiple, (row + multiple - 1) // multiple + 1, False, per)
+        size = _even_size(row, group, multiple)
+        if size is not None:
+            return cls(row, row // size, multiple, size // multiple, True, per)
+        count = max(1, round(row / group))
+        return cls(row, count, multiple, max(1, -(-row // (count * multiple))), False, per)
+
+    @property
+    def size(self) -> int:
+        """Elements of a group."""
+        return self.multiple * self.units
+
+    def part(self, divisor: int) -> int:
+        """size / divisor, for a divisor of `multiple`: a product, which is not rounded where the size is a symbol."""
+        return self.multiple // divisor * self.units
+
+    def split(self, rows: Tensor) -> Tensor:
+        """rows [..., row] as groups [..., count, size], padded with zeros."""
+        if not self.even:
+            rows = pad(rows, (0, self.count * self.size - self.row))
+        return rows.reshape(*rows.shape[:-1], self.count, self.size)
+
+    def elements(self, groups: Tensor) -> Tensor:
+        """groups [..., count, size] without the padding: [..., row], or as they are if there is none; see `join`."""
+        if self.even:
+            return groups
+        groups = groups.flatten(-2)
+        return groups[..., : self.row] if isinstance(self.row, int) else taken(groups, self.places(groups.device))
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """A number for each group, [..., count, 1], to go with `elements`."""
+        if self.even:
+            return numbers
+        group, _ = quotient(self.places(numbers.device), self.size)
+        return taken(numbers.squeeze(-1), group)
+
+    def join(self, elements: Tensor) -> Tensor:
+        """What was computed from `elements` as rows [..., row]."""
+        return elements.reshape(*elements.shape[:-2], self.row) if self.even else elements
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Whole numbers from 0 that `per` of them fit into a byte, float [..., count, size], as uint8
+        [..., count, size / per].
+
+        Sums of float are exact here, and vectorise where shifts of bytes do not.
+        """
+        if self.per == 1:
+            return codes.to(torch.uint8)
+        lanes = codes.unflatten(-1, (self.per, self.part(self.per)))
+        # powers of two from their exponent bits: one term of a sum instead of one expression a lane
+        powers = self._lanes(127 << 23, 8 // self.per << 23, codes.device).view(torch.float32)
+        return (lanes * powers).sum(-2).to(torch.uint8)
+
+    def unpack(self, packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The `elements` of what `pack` packed.
+
+        Pointwise in the result's place: generated code inlines it into whatever reads the tensor. (A concatenation of
+        lanes would be a kernel a lane, into a buffer of full size.)
+        """
+        if self.per == 1:
+            return self.elements(packed).to(dtype)
+        bits, run = 8 // self.per, self.part(self.per)
+        if self.even:
+            # `>>` has no symbolic sizes (torch 2.13)
+            shifted = packed.to(torch.int32).unsqueeze(-2).bitwise_right_shift(self._lanes(0, bits, packed.device))
+            return (shifted & ((1 << bits) - 1)).to(dtype).flatten(-2)
+        group, place = quotient(self.places(packed.device), self.size)
+        lane, byte = quotient(place, run)
+        codes = taken(packed.flatten(-2), group * run + byte).to(torch.int32)
+        shifted = codes.bitwise_right_shift((lane * bits).to(torch.int32))
+        return (shifted & ((1 << bits) - 1)).to(dtype)
+
+    def places(self, device: torch.device) -> Tensor:
+        """0, 1, … of the elements of a row, int64 [row]."""
+        return torch.arange(self.row, device=device)
+
+    def _lanes(self, start: int, step: int, device: torch.device) -> Tensor:
+        """A number for each code of a byte, from `start` in steps, int32 [per, 1]."""
+        return torch.arange(start, start + self.per * step, step, dtype=torch.int32, device=device).unsqueeze(-1)
 
 
-def ungrouped(groups: Tensor, shape: Sequence[int], group: int, multiple: int = 1) -> Tensor:
-    """The inverse of `grouped`: [..., groups, size] as `shape`."""
-    lead, row = _rows(shape)
-    count, size = _sizes(row, group, multiple)
-    rows = groups.reshape(*lead, count * size)
-    if not _fits(row, count, size, multiple):
-        rows = rows[..., :row]
-    return rows.reshape(tuple(shape)).contiguous()
+def taken(x: Tensor, places: Tensor) -> Tensor:
+    """x [..., n] at `places` [m] of its last dimension, [..., m]; they are in range by construction."""
+    return torch.ops.aten._unsafe_index.Tensor(x, [*[None] * (x.dim() - 1), places])
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Whole numbers below 2**bits, float [..., size], as uint8 [..., size * bits / 8].
+def quotient(places: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    """(places // divisor, places % divisor) of int64 places from 0 to places.numel() - 1.
 
-    Sums of float are exact here, and vectorise where shifts of bytes do not.
+    By a product and a shift: code generators would read a division as one of the loop's variable. The factor stays
+    small where the number of places is known, as generated code adds up 16 of them in int32.
     """
-    per = 8 // bits
-    if per == 1:
-        return codes.to(torch.uint8)
-    lanes = codes.unflatten(-1, (per, codes.shape[-1] // per))
-    # powers of two from their exponent bits: one term of a sum instead of one expression a lane
-    powers = _lanes(127 << 23, bits << 23, per, codes.device).view(torch.float32)
-    return (lanes * powers).sum(-2).to(torch.uint8)
+    count = places.shape[0]
+    shift = (count * divisor).bit_length() if isinstance(count, int) and isinstance(divisor, int) else 40
+    quotients = (places * (2**shift // divisor + 1)) >> shift
+    return quotients, places - quotients * divisor
 
 
-def unpack(packed: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The inverse of `pack`.
-
-    Pointwise in the result's place: generated code inlines it into whatever reads the tensor. (A concatenation of
-    lanes would be a kernel a lane, into a buffer of full size.)
-    """
-    per = 8 // bits
-    if per == 1:
-        return packed.to(dtype)
-    values = packed.to(torch.int32).unsqueeze(-2)
-    # `>>` has no symbolic sizes (torch 2.13)
-    values = values.bitwise_right_shift(_lanes(0, bits, per, packed.device))
-    return (values & ((1 << bits) - 1)).to(dtype).flatten(-2)
+def row_of(shape: Sequence[int]) -> int:
+    """The length of the rows that are cut into groups: the last dimension's; a scalar is a row of one."""
+    return shape[-1] if len(shape) else 1
 
 
-def _lanes(start: int, step: int, per: int, device: torch.device) -> Tensor:
-    """A number for each code of a byte, from `start` in steps, int32 [per, 1]."""
-    return torch.arange(start, start + per * step, step, dtype=torch.int32, device=device).unsqueeze(-1)
+def as_rows(x: Tensor) -> Tensor:
+    """x as [..., row]."""
+    return x if x.dim() else x.reshape(1)
 
 
-def _rows(shape: Sequence[int]) -> tuple[list[int], int]:
-    """The leading dimensions, and the length of what is cut into groups."""
-    if len(shape) < 2:
-        return [], shape[0] if shape else 1
-    if all(isinstance(size, int) for size in shape[1:]):
-        return [shape[0]], math.prod(shape[1:])
-    return list(shape[:-1]), shape[-1]
+def flat(shape: Sequence[int]) -> list[int]:
+    """`shape` with its last dimensions of known size in one: rows of codes that have no scale, and so may mix tokens."""
+    known = 0
+    while known < len(shape) and isinstance(shape[-1 - known], int):
+        known += 1
+    end = len(shape) - known
+    return [*shape[:end], math.prod(shape[end:])] if known else list(shape)
 
 
-def _sizes(row: int, group: int, multiple: int) -> tuple[int, int]:
-    """How many groups a row has, and how many elements a group. A row of unknown length is one group."""
-    count = max(1, round(row / group)) if isinstance(row, int) else 1
-    size = -(-row // count)
-    size = -(-size // multiple) * multiple if multiple > 1 else size
-    return count, size if not isinstance(size, int) else max(size, multiple)
-
-
-def _fits(row: int, count: int, size: int, multiple: int) -> bool:
-    """Whether a row needs no padding; asked without a guard on an unknown length."""
-    if isinstance(row, int):
-        return row == count * size
-    return multiple == 1
+def _even_size(row: int, group: int, multiple: int) -> int | None:
+    """The divisor of `row` nearest to `group` of those from a quarter to twice of it; rather a smaller one."""
+    if 0 < row <= group and row % multiple == 0:
+        return row
+    sizes = [size for size in range(multiple, 2 * group + 1, multiple) if row and row % size == 0]
+    smaller = [size for size in sizes if size <= group <= 4 * size]
+    larger = [size for size in sizes if size > group]
+    return smaller[-1] if smaller else larger[0] if larger else None

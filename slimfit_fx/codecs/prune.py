@@ -12,7 +12,7 @@ from torch import Tensor
 from slimfit_fx.errors import ConfigError
 
 from .codec import Codec
-from .layout import grouped, pack, ungrouped, unpack
+from .layout import Layout, as_rows, quotient, row_of, taken
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TopK(Codec):
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         values, indices, _ = parts
         zeros = values.new_zeros(tuple(shape)).reshape(-1)
-        return zeros.scatter(0, indices.to(torch.int64), values).reshape(tuple(shape)).to(dtype)
+        return zeros.scatter(0, indices.to(torch.int64), values).reshape(tuple(shape)).to(dtype).contiguous()
 
     def error_bound(self, x: Tensor) -> Tensor:
         if not x.numel():
@@ -89,25 +89,36 @@ class TopOfBlock(Codec):
             larger = ~(other.abs() <= value.abs()) & ~value.isnan()
             value = torch.where(larger, other, value)
             place = torch.where(larger, float(index), place)
-        return value, pack(place, 4)
+        return value, self._places(x.shape).pack(place)
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         value, packed = parts
-        place = unpack(packed, 4)
-        members = [torch.where(place == float(index), value, 0.0) for index in range(self.block)]
-        groups = torch.stack(members, dim=-2).flatten(-2)
-        return ungrouped(groups, shape, self._group, 2 * self.block).to(dtype)
+        layout, kept = self._layout(shape), self._places(shape).unpack(packed)
+        if layout.even:
+            members = [torch.where(kept == float(index), value, 0.0) for index in range(self.block)]
+            rows = layout.join(torch.stack(members, dim=-2).flatten(-2))
+        else:
+            blocks = layout.part(self.block)
+            group, place = quotient(layout.places(value.device), layout.size)
+            member, block = quotient(place, blocks)
+            block = group * blocks + block
+            rows = torch.where(taken(kept.flatten(-2), block) == member, taken(value.flatten(-2), block), 0.0)
+        return rows.reshape(tuple(shape)).to(dtype).contiguous()
 
     def error_bound(self, x: Tensor) -> Tensor:
-        magnitudes = self._blocks(x).double().abs()
+        magnitudes, layout = self._blocks(x).double().abs(), self._layout(x.shape)
         kept = magnitudes.argmax(-2, keepdim=True)  # the first of equal ones, as in `encode`
-        return ungrouped(magnitudes.scatter(-2, kept, 0.0).flatten(-2), x.shape, self._group, 2 * self.block)
+        return layout.join(layout.elements(magnitudes.scatter(-2, kept, 0.0).flatten(-2))).reshape(x.shape)
 
-    @property
-    def _group(self) -> int:
-        return 64 * self.block
+    def _layout(self, shape: Sequence[int]) -> Layout:
+        return Layout.of(row_of(shape), 64 * self.block, multiple=2 * self.block)
+
+    def _places(self, shape: Sequence[int]) -> Layout:
+        """Of the places in the blocks, two a byte."""
+        layout = self._layout(shape)
+        return Layout(layout.count * layout.part(self.block), layout.count, 2, layout.units, True, per=2)
 
     def _blocks(self, x: Tensor) -> Tensor:
         """x as [..., groups, block, blocks of the group]."""
-        groups = grouped(x, self._group, 2 * self.block)
-        return groups.unflatten(-1, (self.block, groups.shape[-1] // self.block))
+        layout = self._layout(x.shape)
+        return layout.split(as_rows(x)).unflatten(-1, (self.block, layout.part(self.block)))

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from slimfit_fx.errors import ConfigError
 
-from .codec import Codec, rounding_bound, smallest
-from .layout import RUN, check_group, grouped, pack, ungrouped, unpack
+from .codec import Codec, rounding_bound
+from .layout import RUN, Layout, as_rows, check_group, flat, row_of
+from .step import STEP_ROUNDING, finite, step_of, stored, wide
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,13 @@ class Quantize(Codec):
     NaN or infinity in a group makes the whole group NaN when decoded, and no other group.
 
     Example:
-        >>> Quantize(4, group=64).nbytes((2, 64), torch.float32)  # two groups of 32 bytes and a float32 step each
-        72
+        >>> Quantize(4, group=64).nbytes((2, 64), torch.float32)  # two groups of 32 bytes and a bfloat16 step each
+        68
 
     Attributes:
         bits: of an element: 8, 4 or 2.
-        group: about how many elements share a step; rows of the tensor are divided evenly.
+        group: about how many elements share a step, a bfloat16; rows of the tensor (its last dimension) are divided
+            evenly.
         symmetric: steps count from zero, which then is stored exactly; otherwise from the group's smallest element,
             which takes one more float32 a group and serves one-sided values.
         stochastic: round up with the probability of the remainder, so that the mean error is zero; the error of one
@@ -52,32 +54,34 @@ class Quantize(Codec):
         return f"int{self.bits}, group {self.group}{kind}{', stochastic' if self.stochastic else ''}"
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        values = self._grouped(x)
+        layout = self._layout(x.shape)
+        values = layout.split(as_rows(wide(x)))
         if self.symmetric:
-            step = self._step(values.abs().amax(-1, keepdim=True), x.dtype)
-            return self._round(values / step, values), step
+            step = step_of(values.abs().amax(-1, keepdim=True), self._levels, x.dtype)
+            return self._packed(layout, self._round(values / step, values)), stored(step)
         # halves, so that the difference of two huge numbers stays finite
         half = values * 0.5
         low = half.amin(-1, keepdim=True)
-        step = self._step(half.amax(-1, keepdim=True) - low, x.dtype)
-        return self._round((half - low) / step, values), step, low
+        step = step_of(half.amax(-1, keepdim=True) - low, self._levels, x.dtype)
+        return self._packed(layout, self._round((half - low) / step, values)), stored(step), low
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         codes, step, *low = parts
-        values = self._unpacked(codes, step.dtype) * step
-        if low:
-            values = (values + low[0]) * 2.0
-        return ungrouped(values, shape, self.group, self._multiple).to(dtype)
+        layout, step = self._layout(shape), wide(step)
+        values = self._unpacked(layout, codes, step.dtype) * layout.spread(step)
+        values = finite(values + layout.spread(low[0]), dtype, 0.5) * 2.0 if low else finite(values, dtype)
+        return layout.join(values).reshape(tuple(shape)).to(dtype).contiguous()
 
     def error_bound(self, x: Tensor) -> Tensor:
-        values = self._grouped(x).double()
+        layout = self._layout(x.shape)
+        values = layout.split(as_rows(wide(x))).double()
         extent = values.abs().amax(-1, keepdim=True)
         if not self.symmetric:
             extent = values.amax(-1, keepdim=True) - values.amin(-1, keepdim=True)
-        steps = (extent / self._levels).expand_as(values) * (1.0 if self.stochastic else 0.5)
+        steps = (extent / self._levels).expand_as(values) * (1.0 if self.stochastic else 0.5) * (1 + STEP_ROUNDING)
         # the distance to a far offset is rounded as the offset is
         rounded = rounding_bound(values.abs().amax(-1, keepdim=True).to(x.dtype)).expand_as(values)
-        return ungrouped(steps * (1 + 1e-4) + 2 * rounded, x.shape, self.group, self._multiple)
+        return layout.join(layout.elements(steps * (1 + 1e-4) + 2 * rounded)).reshape(x.shape)
 
     @property
     def _levels(self) -> int:
@@ -89,36 +93,27 @@ class Quantize(Codec):
         """Whether steps are stored as int8; otherwise they are counted from 0 and packed."""
         return self.symmetric and self.bits == 8
 
-    @property
-    def _multiple(self) -> int:
-        return 8 // self.bits
-
-    def _grouped(self, x: Tensor) -> Tensor:
-        return grouped(x.to(torch.promote_types(x.dtype, torch.float32)), self.group, self._multiple)
-
-    def _step(self, extent: Tensor, dtype: torch.dtype) -> Tensor:
-        step = (extent * (1.0 / self._levels)).clamp(min=smallest(dtype))
-        return step + step * 0.0  # NaN if it is infinite: zeros of the group would otherwise survive alone
+    def _layout(self, shape: Sequence[int]) -> Layout:
+        return Layout.of(row_of(shape), self.group, per=8 // self.bits)
 
     def _round(self, steps: Tensor, values: Tensor) -> Tensor:
-        if self.stochastic:
-            lowest = -self._levels if self.symmetric else 0
-            steps = (steps + _noise(values, self.seed)).floor().clamp(lowest, self._levels)
-        else:
-            steps = steps.round()  # the largest element is `_levels` steps away, up to rounding errors
-        return self._packed(steps)
+        """Whole steps; the largest element is `_levels` of them away, up to rounding errors."""
+        if not self.stochastic:
+            return steps.round()
+        lowest = -self._levels if self.symmetric else 0
+        return (steps + _noise(values, self.seed)).floor().clamp(lowest, self._levels)
 
-    def _packed(self, steps: Tensor) -> Tensor:
+    def _packed(self, layout: Layout, steps: Tensor) -> Tensor:
         """Whole steps as they are stored: int8, or counted from 0 and packed."""
         if self._signed:
             return steps.to(torch.int8)
-        return pack(steps + self._levels if self.symmetric else steps, self.bits)
+        return layout.pack(steps + self._levels if self.symmetric else steps)
 
-    def _unpacked(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    def _unpacked(self, layout: Layout, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of `_packed`."""
         if self._signed:
-            return codes.to(dtype)
-        steps = unpack(codes, self.bits, dtype)
+            return layout.elements(codes).to(dtype)
+        steps = layout.unpack(codes, dtype)
         return steps - self._levels if self.symmetric else steps
 
 
@@ -149,13 +144,15 @@ class FixedPoint(Codec):
         return f"fixed point, {self.bits} bits, step {self.step:g}"
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        values = grouped(torch.nan_to_num(x.to(torch.float32), nan=0.0), RUN, 8 // self.bits)
-        codes = ((values - self.low) * (1.0 / self.step)).round().clamp(0, 2**self.bits - 1)
-        return (pack(codes, self.bits),)
+        rows = torch.nan_to_num(x.to(torch.float32), nan=0.0).reshape(flat(x.shape))
+        layout = self._layout(x.shape)
+        codes = ((layout.split(as_rows(rows)) - self.low) * (1.0 / self.step)).round().clamp(0, 2**self.bits - 1)
+        return (layout.pack(codes),)
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        values = unpack(parts[0], self.bits) * self.step + self.low
-        return ungrouped(values, shape, RUN, 8 // self.bits).to(dtype)
+        layout = self._layout(shape)
+        values = layout.unpack(parts[0]) * self.step + self.low
+        return layout.join(values).reshape(tuple(shape)).to(dtype).contiguous()
 
     def error_bound(self, x: Tensor) -> Tensor:
         values = x.double()
@@ -163,11 +160,16 @@ class FixedPoint(Codec):
         outside = (values - high).clamp(min=0) + (self.low - values).clamp(min=0)
         return outside + self.step * (0.5 + 1e-4) + rounding_bound(x)
 
+    def _layout(self, shape: Sequence[int]) -> Layout:
+        return Layout.of(row_of(flat(shape)), RUN, per=8 // self.bits)
+
 
 def _noise(values: Tensor, seed: int) -> Tensor:
     """Numbers in [0, 1) from a hash (C. Wellons' `lowbias32`) of value, place and seed."""
     place = torch.arange(values.numel(), device=values.device, dtype=torch.int32).reshape(values.shape)
-    bits = values.to(torch.float32).view(torch.int32) ^ (place * -1640531527) ^ (seed * 668265263 % 2**31)
+    # xor first: code generators would take a product for an index, which must not overflow
+    place = (place ^ (seed * 668265263 % 2**31)) * -1640531527
+    bits = values.to(torch.float32).view(torch.int32) ^ place
     for shift, factor in ((16, 2146121005), (15, -2073254261)):
         bits = (bits ^ _shifted(bits, shift)) * factor
     bits = bits ^ _shifted(bits, 16)
