@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
+from differential import compared
 from helpers import gated_parameters, handed_over, no_recompile, reference, run, tensors, transformed
 
 import slimfit_fx
@@ -155,6 +156,9 @@ def check(model, inputs, frozen: set[str], expected, close: dict[str, float]) ->
             assert found[name] is None, name
         else:
             torch.testing.assert_close(found[name], gradient, **close)
+    open_ones = {name: None if layer_of.get(name) in frozen else g for name, g in expected_gradients.items()}
+    # one by one by their norms: small gradients are within any absolute tolerance of zero
+    assert not compared("gradients", found, open_ones, expected_gradients, close["rtol"])
     with given_to_regions(model) as tables:
         outputs = model(**inputs)
     held = {**inputs, **dict(enumerate(tables))}
