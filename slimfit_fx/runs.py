@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .config import Config
 from .handed_over import handed_over
+from .outside import outside_allowed
 from .plan import Plan
 from .sample import call, random_state, scalar_loss, tensors, untouched
 from .session import Session
@@ -51,7 +53,8 @@ class Watched(Session):
 
 def run(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None, session: Watched | None = None) -> Run:
     """One forward and backward in training mode, with `session` for what runs compiled; the model stays as it is."""
-    with untouched(model, sample), torch.enable_grad():
+    from_graphs = nullcontext() if session is not None else outside_allowed()
+    with untouched(model, sample), from_graphs, torch.enable_grad():
         before = random_state(model)
         outputs = call(model, sample)
         value = scalar_loss(outputs, loss)
