@@ -11,6 +11,8 @@ from torch import fx
 from slimfit_fx.graph import COPIES, aten, base_of, hint, is_pointwise, keep_of, readers
 from slimfit_fx.roles import BORROWED
 
+from .conditioning import operator_of
+
 # The role of a saved tensor by the operator that reads it in the backward, as it was before decomposition. An operator
 # of the forward is among them where the backward computes it again. The first match counts.
 _BY_READER = {
@@ -75,22 +77,16 @@ def find_role(produced: fx.Node, taken: fx.Node) -> str:
         return "statistics"
     if _are_scores(base):
         return "softmax output"
-    found = {operator_of(reader) for reader in _readers_of_copies(taken)}
+    found = {operator_of(reader) for reader in readers_of_copies(taken)}
     role = next((role for name, role in _BY_READER.items() if name in found), None)
     return role or ("logits" if _are_logits(base) else "norm input" if _is_normalized(base) else "other")
 
 
-def operator_of(node: fx.Node) -> str:
-    """The name of the operator that a node computes, or is a part of the decomposition of."""
-    original = node.meta.get("original_aten", node.target)
-    return getattr(original, "__name__", str(original)).partition(".")[0]
-
-
-def _readers_of_copies(node: fx.Node) -> Iterator[fx.Node]:
+def readers_of_copies(node: fx.Node) -> Iterator[fx.Node]:
     """All nodes that read the values of `node`, also in another dtype, order or number."""
     for reader in readers(node):
         if reader.target in COPIES:
-            yield from _readers_of_copies(reader)
+            yield from readers_of_copies(reader)
         else:
             yield reader
 
@@ -110,20 +106,20 @@ def _linear_role(kept: fx.Node) -> str:
 
 def _are_scores(base: fx.Node) -> bool:
     """Whether a product of query and key goes into a softmax, by way of scaling and masks."""
-    return base.target is aten.bmm.default and _leads_to(base, _is_softmax, is_pointwise)
+    return base.target is aten.bmm.default and leads_to(base, is_softmax, is_pointwise)
 
 
 def _are_logits(base: fx.Node) -> bool:
     """Whether a loss reads the tensor, by way of soft caps or conversions."""
-    return _leads_to(base, _is_loss, is_pointwise)
+    return leads_to(base, _is_loss, is_pointwise)
 
 
 def _is_normalized(base: fx.Node) -> bool:
     """Whether a norm reads the tensor, or a sum with it: the residual stream, or what is added to it."""
-    return _leads_to(base, _is_norm, _is_sum)
+    return leads_to(base, _is_norm, is_sum)
 
 
-def _is_softmax(node: fx.Node) -> bool:
+def is_softmax(node: fx.Node) -> bool:
     return operator_of(node) in ("_softmax", "_safe_softmax") or node.target is aten.amax.default
 
 
@@ -135,7 +131,7 @@ def _is_norm(node: fx.Node) -> bool:
     return _BY_READER.get(operator_of(node)) == "norm input" or _is_mean_square(node)
 
 
-def _is_sum(node: fx.Node) -> bool:
+def is_sum(node: fx.Node) -> bool:
     scaled = node.target in (aten.mul.Tensor, aten.div.Tensor) and len(node.all_input_nodes) == 1
     return scaled or node.target in (aten.add.Tensor, aten.sub.Tensor)
 
@@ -149,13 +145,13 @@ def _is_mean_square(square: fx.Node) -> bool:
     return any(root.target is aten.rsqrt.default for root in roots)
 
 
-def _leads_to(base: fx.Node, found: Callable[[fx.Node], bool], by_way_of: Callable[[fx.Node], bool]) -> bool:
+def leads_to(base: fx.Node, found: Callable[[fx.Node], bool], by_way_of: Callable[[fx.Node], bool]) -> bool:
     """Whether what is looked for reads a forward tensor, or one of the nearest 15 on the way from it."""
     pending = [base]
     for _ in range(16):
         if not pending:
             return False
-        for node in _readers_of_copies(pending.pop(0)):
+        for node in readers_of_copies(pending.pop(0)):
             if found(node):
                 return True
             if by_way_of(node):

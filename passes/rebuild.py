@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from slimfit_fx.codecs import Recompute
 from slimfit_fx.graph import VIEWS, aten, base_of, call, is_pointwise, is_tensor, keep_of
 from slimfit_fx.plan import Plan, SavedTensor
 from slimfit_fx.split_graph import SplitGraph
+
+from .mutated_inputs import mutated_inputs
 
 _ops = torch.ops.slimfit_fx
 _RESHAPES = frozenset(
@@ -109,7 +110,7 @@ class _Recipes:
         self.split, self.plan = split, plan
         # of an input that an earlier graph made, only what is saved is alive
         activations = {node for position, node in split.inputs().items() if position in split.activations}
-        mutated = _mutated_inputs(split)
+        mutated = mutated_inputs(split.forward.graph)
         self.unusable = activations | mutated
         self.kept_inputs = _kept_inputs(split, plan, activations - mutated)
 
@@ -213,12 +214,3 @@ def _undone(view: fx.Node, there: fx.Node) -> tuple[Callable[..., Any], tuple[An
         return aten.permute.default, (there, [dims.index(dim) for dim in range(len(dims))])
     return aten.view.default, (there, list(view.all_input_nodes[0].meta["val"].shape))
 
-
-def _mutated_inputs(split: SplitGraph) -> set[fx.Node]:
-    """Inputs that the model changes in place: their old values are not there any more when the backward runs."""
-    context = TracingContext.try_get()
-    metadata = context.fw_metadata if context is not None else None
-    if metadata is None:
-        return set()
-    inputs = split.inputs()
-    return {inputs[i] for i, info in enumerate(metadata.input_info) if info.mutates_data and i in inputs}
