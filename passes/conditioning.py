@@ -9,12 +9,12 @@ What is not known to keep errors small is taken not to.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import fx
 
-from slimfit_fx.graph import COPIES, VIEWS, aten, is_tensor
+from slimfit_fx.graph import COPIES, VIEWS, aten, hint, is_tensor
 
 
 class Error(enum.IntEnum):
@@ -29,8 +29,8 @@ class Error(enum.IntEnum):
 # Operators as they were before decomposition, with derivatives that vary slowly: whatever they are made of.
 _SLOW = frozenset(
     {
-        *("gelu", "silu", "mish", "elu", "celu", "selu", "softplus", "log_sigmoid_forward", "log_sigmoid"),
-        *("gelu_backward", "silu_backward", "mish_backward", "elu_backward", "softplus_backward"),
+        *("gelu", "silu", "mish", "softplus", "log_sigmoid_forward", "log_sigmoid"),
+        *("gelu_backward", "silu_backward", "mish_backward", "softplus_backward"),
         *("log_sigmoid_backward", "tanh", "tanh_backward", "sigmoid", "sigmoid_backward"),
         *("_softmax", "_safe_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data"),
         *("binary_cross_entropy_with_logits", "nll_loss_forward", "native_dropout_backward"),
@@ -42,9 +42,37 @@ _SLOW = frozenset(
 # Operators that are linear in each of their arguments, or nearly so, and continuous.
 _LINEAR = frozenset(
     {
-        *("add", "mul", "neg", "sum", "mean", "mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "dot", "mv", "abs", "relu", "square"),
+        *(
+            "add",
+            "mul",
+            "neg",
+            "sum",
+            "mean",
+            "mm",
+            "bmm",
+            "addmm",
+            "baddbmm",
+            *("_grouped_mm", "grouped_mm_fallback", "grouped_mm_fallback_backward"),
+            "dot",
+            "mv",
+            "abs",
+            "relu",
+            "square",
+        ),
         *("convolution", "convolution_backward", "cat", "stack", "where", "clamp", "clamp_min", "clamp_max"),
-        *("maximum", "minimum", "amax", "amin", "cumsum", "gather", "index", "index_select", "embedding", "flip"),
+        *(
+            "maximum",
+            "minimum",
+            "amax",
+            "amin",
+            "cumsum",
+            "gather",
+            "index",
+            "index_select",
+            "embedding",
+            "flip",
+            "rev",
+        ),
         *("index_put", "_unsafe_index", "_unsafe_index_put", "_unsafe_masked_index", "scatter", "scatter_add"),
         *("_unsafe_masked_index_put_accumulate", "masked_fill", "select_scatter", "slice_scatter", "index_add"),
         *("constant_pad_nd", "repeat", "roll", "tril", "triu", "as_strided", "diagonal", "diag_embed", "unfold"),
@@ -82,7 +110,7 @@ def error_of(node: fx.Node, errors: Mapping[fx.Node, Error], linear: bool = Fals
     Args:
         node: of a forward or a backward graph.
         errors: of the nodes before it.
-        linear: whether the result is a gradient: then it is linear in the arguments that are gradients.
+        linear: whether the result is a gradient.
     """
     wrong = {argument: errors[argument] for argument in node.all_input_nodes if errors.get(argument, Error.NONE)}
     name = _name(node.target)
@@ -104,14 +132,19 @@ def error_of(node: fx.Node, errors: Mapping[fx.Node, Error], linear: bool = Fals
     return Error.SCALED if _keeps_scale(node, name, wrong, linear) else Error.UNBOUNDED
 
 
-def spread(nodes: Iterable[fx.Node], errors: dict[fx.Node, Error], linear: Iterable[fx.Node] = ()) -> Error:
-    """Notes the errors of `nodes`, in their order, in `errors`; returns the worst."""
-    gradients = set(linear)
-    worst = Error.NONE
-    for node in nodes:
-        errors[node] = error_of(node, errors, node in gradients)
-        worst = max(worst, errors[node])
-    return worst
+def gradient_error_of(node: fx.Node, errors: Mapping[fx.Node, Error], gradients: Collection[fx.Node]) -> Error:
+    """The same for a node of the backward that depends on an output's gradient, as those in `gradients` do.
+
+    It is linear in them, so their errors stay what they are; but a product that is divided by one of its factors
+    again, as a cumulative product's backward does, errs where the factor is small.
+    """
+    wrong = {argument for argument in node.all_input_nodes if argument in gradients and errors.get(argument)}
+    if wrong and node.target is aten.div.Tensor and is_tensor(node.args[1]):
+        divisor = node.args[1].meta["val"]  # type: ignore[union-attr]
+        if divisor.dim() and hint(divisor.shape[-1]) != 1:
+            return Error.UNBOUNDED
+    values = {argument: error for argument, error in errors.items() if argument not in gradients}
+    return max(error_of(node, values, linear=True), *(errors[argument] for argument in wrong), Error.NONE)
 
 
 def _keeps_scale(node: fx.Node, name: str, wrong: Mapping[fx.Node, Error], linear: bool) -> bool:

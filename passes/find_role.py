@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from slimfit_fx.graph import COPIES, aten, base_of, hint, is_pointwise, keep_of, readers
+from slimfit_fx.graph import COPIES, VIEWS, aten, base_of, hint, is_pointwise, keep_of, readers
 from slimfit_fx.roles import BORROWED
 
 from .conditioning import operator_of
@@ -52,13 +52,13 @@ _BY_READER = {
     "_scaled_dot_product_cudnn_attention_backward": "attention operand",
     "_scaled_dot_product_fused_attention_overrideable_backward": "attention operand",
     "_scaled_dot_product_attention_math": "attention operand",
-    "bmm": "attention operand",
     "convolution_backward": "convolution input",
     "mm": "linear input",
 }
 _ACTIVATIONS = frozenset({"gelu", "silu", "relu", "hardswish", "mish", "elu", "leaky_relu", "softplus", "sigmoid"})
 
 _SQUARES = frozenset({aten.pow.Tensor_Scalar, aten.mul.Tensor, aten.square.default})
+_PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default})
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int})
 
 
@@ -79,6 +79,8 @@ def find_role(produced: fx.Node, taken: fx.Node) -> str:
         return "softmax output"
     found = {operator_of(reader) for reader in readers_of_copies(taken)}
     role = next((role for name, role in _BY_READER.items() if name in found), None)
+    if role in (None, "convolution input", "linear input") and "bmm" in found and _is_attended(base):
+        return "attention operand"
     return role or ("logits" if _are_logits(base) else "norm input" if _is_normalized(base) else "other")
 
 
@@ -107,6 +109,34 @@ def _linear_role(kept: fx.Node) -> str:
 def _are_scores(base: fx.Node) -> bool:
     """Whether a product of query and key goes into a softmax, by way of scaling and masks."""
     return base.target is aten.bmm.default and leads_to(base, is_softmax, is_pointwise)
+
+
+def _is_attended(base: fx.Node) -> bool:
+    """Whether a product of the tensor goes into a softmax, or is one with a softmax: not every batch of products is."""
+    for product in readers_of_copies(base):
+        if product.target not in _PRODUCTS:
+            continue
+        if leads_to(product, is_softmax, _is_score) or any(map(_is_softmaxed, product.all_input_nodes)):
+            return True
+    return False
+
+
+def _is_softmaxed(node: fx.Node) -> bool:
+    """Whether a softmax made the tensor, with dropout behind it, masks and scales."""
+    pending = [node]
+    for _ in range(16):
+        if not pending:
+            return False
+        node = pending.pop(0)
+        if is_softmax(node):
+            return True
+        if node.target in VIEWS or is_pointwise(node):
+            pending.extend(node.all_input_nodes)
+    return False
+
+
+def _is_score(node: fx.Node) -> bool:
+    return is_pointwise(node) or operator_of(node) in ("gather", "index", "constant_pad_nd", "cat")
 
 
 def _are_logits(base: fx.Node) -> bool:

@@ -11,12 +11,13 @@ from slimfit_fx.plan import Plan
 from slimfit_fx.roles import EXACT, MASK
 from slimfit_fx.split_graph import SplitGraph
 
-from .conditioning import Error, error_of, operator_of
+from .conditioning import Error, error_of, gradient_error_of, operator_of
 from .find_role import is_softmax, is_sum, leads_to, readers_of_copies
 
 # Masks are made of numbers that no score reaches; some models take a large one in the place of infinity.
 _HUGE = 1e4
 _MIXES = frozenset({"where", "masked_fill", "add", "sub", "mul", "neg", "cat", "stack", "maximum", "minimum", "index"})
+_NEVER_ENCODED = frozenset({"statistics", "logits", "indices"})
 _FARTHEST = 64
 _CONSTANTS = frozenset({aten.full.default, aten.full_like.default, aten.scalar_tensor.default})
 
@@ -37,15 +38,13 @@ def mark_exact(split: SplitGraph, plan: Plan) -> None:
             found.setdefault(storage_of(produced), EXACT)
     for produced, taken in split.saved():
         row = plan.find(taken.name)
-        if row is not None and storage_of(produced) in found and not row.borrowed and row.role != "statistics":
+        if row is not None and storage_of(produced) in found and not row.borrowed and row.role not in _NEVER_ENCODED:
             row.role = found[storage_of(produced)]
 
 
 def _is_read_closely(taken: fx.Node, gradients: Collection[fx.Node], order: dict[fx.Node, int]) -> bool:
-    """Whether an error of a codec in `taken` may grow without limits before it meets a gradient, or when it does.
-
-    Behind that, the backward is linear.
-    """
+    """Whether an error of a codec in `taken` may grow without limits before it meets a gradient, when it does, or in
+    what is left of the same operator's backward. Behind that, the backward is linear."""
     errors = {taken: Error.SCALED}
     pending = set(taken.users)
     while pending:
@@ -53,14 +52,18 @@ def _is_read_closely(taken: fx.Node, gradients: Collection[fx.Node], order: dict
         pending.remove(node)
         if node.op != "call_function":
             continue
-        errors[node] = error_of(node, errors, node in gradients)
+        linear = node in gradients
+        errors[node] = gradient_error_of(node, errors, gradients) if linear else error_of(node, errors)
         if errors[node] is Error.UNBOUNDED:
             return True
-        if errors[node] is Error.NONE or node in gradients:
-            errors[node] = Error.NONE
-        else:
-            pending.update(node.users)
+        if errors[node]:
+            pending.update(user for user in node.users if not linear or _same_formula(user, node))
     return False
+
+
+def _same_formula(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two nodes belong to one operator's backward."""
+    return node.meta.get("seq_nr") is not None and node.meta.get("seq_nr") == other.meta.get("seq_nr")
 
 
 def _fixed(split: SplitGraph) -> set[fx.Node]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput
 
-from slimfit_fx.graph import aten, base_of, call, insertion_behind, is_tensor
+from slimfit_fx.graph import aten, base_of, call, insertion_behind, is_tensor, storage_of
 from slimfit_fx.split_graph import SplitGraph
 
 
@@ -21,9 +21,9 @@ def mutated_inputs(graph: fx.Graph) -> set[fx.Node]:
 
 def save_old_values(split: SplitGraph) -> None:
     """Hands over copies of what the backward wants of changed inputs. Autograd refuses the inputs themselves."""
-    mutated = mutated_inputs(split.forward.graph)
+    mutated = {storage_of(node) for node in mutated_inputs(split.forward.graph) if is_tensor(node)}
     for produced, taken in list(split.saved()):
-        if is_tensor(produced) and base_of(produced) in mutated:
+        if storage_of(produced) in mutated:
             with insertion_behind(produced):
                 copy = call(split.forward.graph, aten.clone.default, (produced,), produced)
             split.replace_saved(taken, [copy], lambda placeholders: placeholders[0])

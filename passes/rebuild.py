@@ -22,8 +22,10 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from slimfit_fx.codecs import Recompute
 from slimfit_fx.graph import VIEWS, aten, base_of, call, is_pointwise, is_tensor, keep_of
 from slimfit_fx.plan import Plan, SavedTensor
+from slimfit_fx.roles import EXACT, MASK
 from slimfit_fx.split_graph import SplitGraph
 
+from .conditioning import Error, error_of
 from .mutated_inputs import mutated_inputs
 
 _ops = torch.ops.slimfit_fx
@@ -64,7 +66,7 @@ def rebuild(split: SplitGraph, plan: Plan) -> None:
         steps = recipes.find(produced, allowed, savable)
         if wish:
             row.codec = wish.otherwise
-        if steps is not None and not _compares(produced, steps):
+        if steps is not None and recipes.are_accurate(steps, produced, row.role):
             split.replace_saved(taken, [], lambda _, steps=steps, node=produced: recipes.replay(steps, node))
             row.store(0, "recomputed" if wish else "rebuilt")
 
@@ -75,13 +77,6 @@ def _cheap(node: fx.Node) -> bool:
 
 def _recomputable(node: fx.Node) -> bool:
     return _cheap(node) or node.target in _PRODUCTS or node.target in _REDUCTIONS
-
-
-def _compares(produced: fx.Node, steps: list[_Step]) -> bool:
-    """Whether a mask would be made from numbers again: those may be rounded by then, and the mask flip."""
-    if produced.meta["val"].is_floating_point():
-        return False
-    return any(argument.meta["val"].is_floating_point() for step in steps for argument in step.sources)
 
 
 @dataclass(frozen=True)
@@ -112,6 +107,8 @@ class _Recipes:
         activations = {node for position, node in split.inputs().items() if position in split.activations}
         mutated = mutated_inputs(split.forward.graph)
         self.unusable = activations | mutated
+        # forward nodes that what was rebuilt of them needs to the last bit
+        self.exact: set[fx.Node] = set()
         self.kept_inputs = _kept_inputs(split, plan, activations - mutated)
 
     def find(
@@ -146,6 +143,33 @@ class _Recipes:
 
         return list(steps.values()) if visit(wanted) else None
 
+    def are_accurate(self, steps: list[_Step], wanted: fx.Node, role: str) -> bool:
+        """Whether `wanted` can be computed from what codecs will have made of its sources; notes those that then have
+        to stay exact.
+
+        Masks and what stays exact itself are not made from rounded numbers; nor is anything by a division through
+        them, a logarithm, a comparison.
+        """
+        worst = Error.SCALED
+        if role in (EXACT, MASK) or wanted in self.exact or not wanted.meta["val"].is_floating_point():
+            worst = Error.NONE
+        sources = {source for step in steps for source in step.sources} - {step.node for step in steps}
+        sources = {node for node in sources if node.op != "placeholder" and node.meta["val"].is_floating_point()}
+        rounded = self._rounded() & sources
+        if _error(steps, wanted, rounded) > worst:
+            return False
+        self.exact |= {source for source in sources - rounded if _error(steps, wanted, rounded | {source}) > worst}
+        return True
+
+    def _rounded(self) -> set[fx.Node]:
+        """The saved tensors that a codec changes."""
+        rows = ((node, self.plan.find(taken.name)) for node, taken in self.split.saved())
+        return {
+            node
+            for node, row in rows
+            if row is not None and row.codec is not None and row.codec.accepts(node.meta["val"].dtype)
+        }
+
     def replay(self, steps: list[_Step], wanted: fx.Node) -> fx.Node:
         """Adds the steps to the backward; returns the node that is `wanted` there."""
         there: dict[fx.Node, fx.Node] = dict(self.split.saved())
@@ -175,6 +199,15 @@ class _Recipes:
             copy = graph.node_copy(step.node, there.__getitem__)
         self.split.late.add(copy)
         return copy
+
+
+def _error(steps: list[_Step], wanted: fx.Node, rounded: Collection[fx.Node]) -> Error:
+    """The error of what the steps make of sources of which some are rounded."""
+    errors = dict.fromkeys(rounded, Error.SCALED)
+    for step in steps:
+        same = step.view is not None or step.keeps
+        errors[step.node] = errors.get(step.sources[0], Error.NONE) if same else error_of(step.node, errors)
+    return errors.get(wanted, Error.NONE)
 
 
 def _kept_inputs(split: SplitGraph, plan: Plan, activations: Collection[fx.Node]) -> dict[fx.Node, SavedTensor]:
@@ -213,4 +246,3 @@ def _undone(view: fx.Node, there: fx.Node) -> tuple[Callable[..., Any], tuple[An
         dims = [int(dim) % len(view.args[1]) for dim in view.args[1]]  # type: ignore[arg-type, union-attr]
         return aten.permute.default, (there, [dims.index(dim) for dim in range(len(dims))])
     return aten.view.default, (there, list(view.all_input_nodes[0].meta["val"].shape))
-

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 from torch import SymInt, fx
 
-from slimfit_fx.codecs import Derivative
+from slimfit_fx.codecs import Codec, Derivative, FixedPoint
 from slimfit_fx.graph import VIEWS, aten, call, is_pointwise, is_tensor
 from slimfit_fx.plan import Plan, SavedTensor
 from slimfit_fx.split_graph import SplitGraph
+
+from .conditioning import operator_of
+
+# Where the derivatives of activation functions lie.
+_RANGES = {"gelu": (-0.1290, 1.1290), "silu": (-0.0999, 1.0999), "mish": (-0.1126, 1.0885)}
 
 
 def save_derivatives(split: SplitGraph, plan: Plan) -> None:
@@ -26,6 +32,8 @@ def save_derivatives(split: SplitGraph, plan: Plan) -> None:
         if row is None or not isinstance(row.codec, Derivative):
             continue
         derivative = None if row.borrowed else _find_derivative(taken)
+        if derivative is not None and not _holds(row.codec.codec, taken, derivative):
+            derivative = None
         moved = None if derivative is None else _move_to_forward(produced, taken, derivative)
         row.codec = row.codec.otherwise if moved is None else row.codec.codec
         if moved is not None and derivative is not None:
@@ -44,6 +52,27 @@ def _find_derivative(taken: fx.Node) -> fx.Node | None:
     if derivative is None or derivative is taken or not derivative.meta["val"].is_floating_point():
         return None
     return derivative
+
+
+def _holds(codec: Codec | None, taken: fx.Node, derivative: fx.Node) -> bool:
+    """Whether the codec's range, if it has one, holds the derivative: of one activation function by itself."""
+    if not isinstance(codec, FixedPoint):
+        return True
+    made = (node for node in _between(taken, derivative) if is_pointwise(node))
+    name, *others = {operator_of(node).removesuffix("_backward") for node in made}
+    low, high = _RANGES.get("" if others else name, (-math.inf, math.inf))
+    return codec.low <= low and high <= codec.low + codec.step * (2**codec.bits - 1)
+
+
+def _between(taken: fx.Node, derivative: fx.Node) -> set[fx.Node]:
+    """The nodes that compute `derivative` from `taken`, sizes among them."""
+    needed, pending = set(), [derivative]
+    while pending:
+        node = pending.pop()
+        if node is not taken and node not in needed:
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+    return needed
 
 
 def _joined(first: fx.Node, second: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
@@ -68,12 +97,7 @@ def _move_to_forward(produced: fx.Node, taken: fx.Node, derivative: fx.Node) -> 
 
     None if that takes a symbolic size which the forward does not know there yet.
     """
-    needed, pending = set(), [derivative]
-    while pending:
-        node = pending.pop()
-        if node is not taken and node not in needed:
-            needed.add(node)
-            pending.extend(node.all_input_nodes)
+    needed = _between(taken, derivative)
     known = _sizes_before(produced)
     copies = {taken: produced}
     with produced.graph.inserting_before(produced.next):
