@@ -97,10 +97,15 @@ def _linear_role(kept: fx.Node) -> str:
     """Whether an activation function made a kept tensor: itself, as a gated product, or with dropout behind it."""
     node = base_of(kept.args[0])  # type: ignore[arg-type]
     for _ in range(3):
-        makers = {operator_of(node), *(operator_of(base_of(argument)) for argument in node.all_input_nodes)}
-        if not makers.isdisjoint(_ACTIVATIONS):
+        passed_on = operator_of(node) in (
+            "mul",
+            "native_dropout",
+            "dropout",
+        )  # a quotient by softplus is something else
+        makers = [node, *map(base_of, node.all_input_nodes)] if passed_on else [node]
+        if any(operator_of(maker) in _ACTIVATIONS for maker in makers):
             return "feed-forward input"
-        if operator_of(node) not in ("mul", "native_dropout", "dropout") or not node.all_input_nodes:
+        if not passed_on or not node.all_input_nodes:
             break
         node = base_of(node.all_input_nodes[-1])
     return "linear input"
