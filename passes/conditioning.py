@@ -34,7 +34,8 @@ _SLOW = frozenset(
         *("log_sigmoid_backward", "tanh", "tanh_backward", "sigmoid", "sigmoid_backward"),
         *("_softmax", "_safe_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data"),
         *("binary_cross_entropy_with_logits", "nll_loss_forward", "native_dropout_backward"),
-        *("native_layer_norm", "native_group_norm", "_fused_rms_norm"),
+        *("native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm", "_native_batch_norm_legit"),
+        *("_native_batch_norm_legit_functional", "_batch_norm_with_update", "_batch_norm_with_update_functional"),
         *("native_layer_norm_backward", "_fused_layer_norm_backward", "native_group_norm_backward"),
         *("native_batch_norm_backward", "cudnn_batch_norm_backward", "batch_norm_backward", "_fused_rms_norm_backward"),
     }
@@ -117,7 +118,7 @@ def error_of(node: fx.Node, errors: Mapping[fx.Node, Error], linear: bool = Fals
     if not wrong or name in _SHAPED:
         return Error.NONE
     worst = max(wrong.values())
-    if worst is Error.UNBOUNDED or _in_mask(node, wrong):
+    if worst is Error.UNBOUNDED or reads_as_mask(node, wrong):
         return Error.UNBOUNDED
     if node.target in VIEWS or (node.target in COPIES and _is_float(node)):
         return worst
@@ -163,13 +164,13 @@ def _never_negative(node: fx.Node) -> bool:
     return squared or name in ("abs", "square") or (name == "pow" and node.args[1] in (2, 4))
 
 
-def _in_mask(node: fx.Node, wrong: Mapping[fx.Node, Error]) -> bool:
-    """Whether one of the arguments with an error is an attention's mask."""
+def reads_as_mask(node: fx.Node, tensors: Collection[fx.Node]) -> bool:
+    """Whether one of the tensors is the mask of the attention that `node` computes, or computes the gradients of."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return False
     given = {parameter.name: value for parameter, value in zip(schema.arguments, node.args, strict=False)}
-    return any(value in wrong for name, value in {**given, **node.kwargs}.items() if name in _MASKS)
+    return any(value in tensors for name, value in {**given, **node.kwargs}.items() if name in _MASKS)
 
 
 def _is_float(node: fx.Node) -> bool:

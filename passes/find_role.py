@@ -97,11 +97,8 @@ def _linear_role(kept: fx.Node) -> str:
     """Whether an activation function made a kept tensor: itself, as a gated product, or with dropout behind it."""
     node = base_of(kept.args[0])  # type: ignore[arg-type]
     for _ in range(3):
-        passed_on = operator_of(node) in (
-            "mul",
-            "native_dropout",
-            "dropout",
-        )  # a quotient by softplus is something else
+        # a quotient by softplus, say, is something else
+        passed_on = node.target in COPIES or operator_of(node) in ("mul", "native_dropout", "dropout")
         makers = [node, *map(base_of, node.all_input_nodes)] if passed_on else [node]
         if any(operator_of(maker) in _ACTIVATIONS for maker in makers):
             return "feed-forward input"

@@ -58,7 +58,7 @@ def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: Code
             )
         )
         counted.add(storage)
-    mark_exact(split, plan)
+    mark_exact(split, plan, rules)
     _choose_codecs(plan, rules)
     return plan
 

@@ -154,21 +154,17 @@ class _Recipes:
         if role in (EXACT, MASK) or wanted in self.exact or not wanted.meta["val"].is_floating_point():
             worst = Error.NONE
         sources = {source for step in steps for source in step.sources} - {step.node for step in steps}
-        sources = {node for node in sources if node.op != "placeholder" and node.meta["val"].is_floating_point()}
-        rounded = self._rounded() & sources
+        taken = dict(self.split.saved())
+        rounded = {node for node in sources if self._is_rounded(node, taken.get(node))}
         if _error(steps, wanted, rounded) > worst:
             return False
         self.exact |= {source for source in sources - rounded if _error(steps, wanted, rounded | {source}) > worst}
         return True
 
-    def _rounded(self) -> set[fx.Node]:
-        """The saved tensors that a codec changes."""
-        rows = ((node, self.plan.find(taken.name)) for node, taken in self.split.saved())
-        return {
-            node
-            for node, row in rows
-            if row is not None and row.codec is not None and row.codec.accepts(node.meta["val"].dtype)
-        }
+    def _is_rounded(self, source: fx.Node, taken: fx.Node | None) -> bool:
+        """Whether a codec changes what is saved, or would be saved, of a tensor."""
+        row = self.kept_inputs.get(source) if taken is None else self.plan.find(taken.name)
+        return row is not None and row.codec is not None and row.codec.accepts(source.meta["val"].dtype)
 
     def replay(self, steps: list[_Step], wanted: fx.Node) -> fx.Node:
         """Adds the steps to the backward; returns the node that is `wanted` there."""
