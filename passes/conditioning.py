@@ -96,7 +96,6 @@ _SHAPED = frozenset(
 # Arguments that no error must reach, by their names in the schemas of linear operators: masks that hold infinities.
 _MASKS = frozenset({"attn_mask", "attn_bias"})
 _POSITIVE_MAPS = frozenset({"mul", "div", "sqrt", "rsqrt", "reciprocal", "pow", "square", "clamp_min", "abs"})
-_POSITIVE_SUMS = frozenset({"sum", "mean"})
 _SMALL_POWERS = (1, 2, 3, 4)
 
 
@@ -128,7 +127,7 @@ def error_of(node: fx.Node, errors: Mapping[fx.Node, Error], linear: bool = Fals
         return Error.UNBOUNDED  # an error decides on a branch, or on an index
     if worst is Error.RELATIVE and (name in _POSITIVE_MAPS or (name == "add" and len(node.all_input_nodes) == 1)):
         return Error.RELATIVE
-    if name in _POSITIVE_SUMS and _never_negative(node.all_input_nodes[0]):
+    if _sums_squares(node):
         return Error.RELATIVE
     return Error.SCALED if _keeps_scale(node, name, wrong, linear) else Error.UNBOUNDED
 
@@ -136,16 +135,15 @@ def error_of(node: fx.Node, errors: Mapping[fx.Node, Error], linear: bool = Fals
 def gradient_error_of(node: fx.Node, errors: Mapping[fx.Node, Error], gradients: Collection[fx.Node]) -> Error:
     """The same for a node of the backward that depends on an output's gradient, as those in `gradients` do.
 
-    It is linear in them, so their errors stay what they are; but a product that is divided by one of its factors
-    again, as a cumulative product's backward does, errs where the factor is small.
+    A product that is divided by one of its factors again, as a cumulative product's backward does, errs where the
+    factor is small.
     """
-    wrong = {argument for argument in node.all_input_nodes if argument in gradients and errors.get(argument)}
+    wrong = any(argument in gradients and errors.get(argument) for argument in node.all_input_nodes)
     if wrong and node.target is aten.div.Tensor and is_tensor(node.args[1]):
         divisor = node.args[1].meta["val"]  # type: ignore[union-attr]
         if divisor.dim() and hint(divisor.shape[-1]) != 1:
             return Error.UNBOUNDED
-    values = {argument: error for argument, error in errors.items() if argument not in gradients}
-    return max(error_of(node, values, linear=True), *(errors[argument] for argument in wrong), Error.NONE)
+    return error_of(node, errors, linear=True)
 
 
 def _keeps_scale(node: fx.Node, name: str, wrong: Mapping[fx.Node, Error], linear: bool) -> bool:
@@ -158,10 +156,20 @@ def _keeps_scale(node: fx.Node, name: str, wrong: Mapping[fx.Node, Error], linea
     return name in _LINEAR
 
 
-def _never_negative(node: fx.Node) -> bool:
-    name = _name(node.target)
-    squared = name == "mul" and node.args[0] is node.args[1]
-    return squared or name in ("abs", "square") or (name == "pow" and node.args[1] in (2, 4))
+def _sums_squares(node: fx.Node) -> bool:
+    """Whether the result is a sum or mean of squares over rows of memory, which groups are parts of.
+
+    Its error is small beside itself: what is rounded to zero beside a row's largest element is so small that its square
+    does not count. (Magnitudes would count if there are many.)
+    """
+    if _name(node.target) not in ("sum", "mean") or len(node.args) < 2:
+        return False
+    square, dims = node.all_input_nodes[0], node.args[1]
+    rank = square.meta["val"].dim()
+    name = _name(square.target)
+    squared = name == "square" or (name == "mul" and square.args[0] is square.args[1])
+    squared = squared or (name == "pow" and square.args[1] == 2)
+    return squared and isinstance(dims, (list, tuple)) and any(dim % rank == rank - 1 for dim in dims)
 
 
 def reads_as_mask(node: fx.Node, tensors: Collection[fx.Node]) -> bool:

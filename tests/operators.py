@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -44,6 +45,17 @@ class Case:
     def others(self) -> list[Tensor]:
         return [leaf.detach().clone() for leaf in self.leaves if isinstance(leaf, Tensor) and not _is_operand(leaf)]
 
+    def results(self, operands: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+        """What the operator makes of them, as far as it is a float."""
+        floats, rest = iter(operands), iter(others)
+        leaves = [
+            next(floats) if _is_operand(leaf) else next(rest) if isinstance(leaf, Tensor) else leaf
+            for leaf in self.leaves
+        ]
+        arguments, options = tree_unflatten(leaves, self.structure)
+        results = tree_flatten(self.operator(*arguments, **options))[0]
+        return [x for x in results if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
+
 
 class Between(nn.Module):
     """A linear layer that starts as the identity makes each operand, another one reads each result."""
@@ -57,26 +69,15 @@ class Between(nn.Module):
         for layer in self.before:
             nn.init.eye_(layer.weight)
         with torch.no_grad():
-            results = self._results(case.operands(), case.others())
+            results = case.results(case.operands(), case.others())
         torch.manual_seed(1)
         self.after = nn.ModuleList(nn.Linear(_width(result), 4) for result in results)
 
     def forward(self, operands: list[Tensor], others: list[Tensor]) -> Tensor:
         made = [layer(x.reshape(-1, _width(x))).view(x.shape) for layer, x in zip(self.before, operands, strict=True)]
-        results = self._results(made, others)
+        results = self.case.results(made, others)
         rows = [layer(x.reshape(-1, _width(x))).mean(0) for layer, x in zip(self.after, results, strict=True)]
         return torch.stack(rows)
-
-    def _results(self, operands: list[Tensor], others: list[Tensor]) -> list[Tensor]:
-        """The operator's float results."""
-        floats, rest = iter(operands), iter(others)
-        leaves = [
-            next(floats) if _is_operand(leaf) else next(rest) if isinstance(leaf, Tensor) else leaf
-            for leaf in self.case.leaves
-        ]
-        arguments, options = tree_unflatten(leaves, self.case.structure)
-        results = self.case.operator(*arguments, **options)
-        return [x for x in tree_flatten(results)[0] if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
 
 
 def cases(wanted: Callable[[str], bool], samples: int = 1) -> Iterator[Case]:
@@ -87,12 +88,16 @@ def cases(wanted: Callable[[str], bool], samples: int = 1) -> Iterator[Case]:
         variant = f".{operator.variant_test_name}" if operator.variant_test_name else ""
         if not wanted(operator.name + variant):
             continue
-        for number, (leaves, structure) in enumerate(_samples(operator, samples)):
-            domain = getattr(operator, "domain", (None, None))
-            yield Case(operator.name + variant, number, operator.op, tuple(leaves), structure, domain)
+        domain = getattr(operator, "domain", (None, None))
+        found = (
+            Case(operator.name + variant, 0, operator.op, *sample, domain) for sample in _samples(operator, samples)
+        )
+        for number, case in enumerate(itertools.islice(filter(_has_results, found), samples)):
+            yield dataclasses.replace(case, number=number)
 
 
-def _samples(operator: OpInfo, count: int) -> list[tuple[list[Any], Any]]:
+def _samples(operator: OpInfo, count: int) -> list[tuple[tuple[Any, ...], Any]]:
+    """The first sets of operands, the largest one first."""
     random.seed(0)
     torch.manual_seed(0)
     found = []
@@ -100,8 +105,14 @@ def _samples(operator: OpInfo, count: int) -> list[tuple[list[Any], Any]]:
         leaves, structure = tree_flatten(((sample.input, *sample.args), sample.kwargs))
         sizes = [leaf.numel() for leaf in leaves if _is_operand(leaf)]
         if sizes and 1 < max(sizes) <= _LARGEST and min(sizes) > 0:
-            found.append((leaves, structure))
-    return sorted(found, key=lambda sample: -sum(leaf.numel() for leaf in sample[0] if _is_operand(leaf)))[:count]
+            found.append((tuple(leaves), structure))
+    return sorted(found, key=lambda sample: -sum(leaf.numel() for leaf in sample[0] if _is_operand(leaf)))
+
+
+def _has_results(case: Case) -> bool:
+    """Whether the operator is defined for the operands: some of torch's are there for its error messages."""
+    results = case.results(case.operands(), case.others())
+    return bool(results) and all(bool(result.isfinite().all()) for result in results)
 
 
 def _is_operand(leaf: Any) -> bool:
