@@ -15,7 +15,7 @@ from torch import fx
 
 from slimfit_fx.graph import SPLITS, VIEWS, base_of, hint, is_pointwise, is_tensor
 
-from .find_role import operator_of
+from .conditioning import operator_of
 
 # Norms over the places of a channel, not over the last dimension.
 _CHANNEL_NORMS = ("group_norm", "batch_norm")
