@@ -65,7 +65,13 @@ def sizes(what: str) -> list[tuple[int, int]]:
 
 
 WHAT = ("lengths", "batches", "both")
-CELLS = [(name, WHAT[(i + j - 1) % 3], preset) for i, name in enumerate(MODELS) for j, preset in enumerate(PRESETS)]
+# every preset on BERT, half of them on the others
+CELLS = [
+    (name, WHAT[(i + j - 1) % 3], preset)
+    for i, name in enumerate(MODELS)
+    for j, preset in enumerate(PRESETS)
+    if name == "bert" or (i + j) % 2
+]
 
 
 @pytest.mark.parametrize(("name", "what", "preset"), CELLS)
