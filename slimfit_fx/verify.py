@@ -30,7 +30,8 @@ def verify(
 
     Four forwards and backwards of `batch`, all from the same random state, under the autocast of the moment: the model
     run by eager PyTorch; compiled as it is; compiled with slimfit_fx, all gates open; and with every second layer
-    closed. Compared are outputs (to the last bit with the compiled model, up to rounding with eager PyTorch), each
+    closed. Compared are outputs (to the last bit with the compiled model in float32, up to rounding in bfloat16 and
+    float16, where fused kernels keep more bits than they store, and with eager PyTorch), each
     gradient (with the compiled model's: the same dropout masks), that closed layers have none, and the bytes that are
     really handed to the backward with those of the report. How far gradients may be off is stated per preset in
     `slimfit_fx.gradient_error.TOLERANCES`; rounding comes on top. A gradient whose norm is less than 1e-4 of that of

@@ -61,6 +61,10 @@ class Subject:
     @cached_property
     def outputs(self) -> list[list[Tensor]]:
         """What generated code without the passes returns for each input."""
+        with rounding_as_written():
+            return self._outputs()
+
+    def _outputs(self) -> list[list[Tensor]]:
         return [[tensor.detach() for tensor in tensors(forward(self.plain, self, turn))] for turn in self.turns]
 
     @cached_property
@@ -89,6 +93,13 @@ def gradients(model: nn.Module, subject: Subject) -> list[Gradients]:
     return found
 
 
+def rounding_as_written() -> Any:
+    """Fused kernels keep more bits of a bfloat16 than they store, and what is fused depends on what else is computed.
+    Inside, values are rounded where the program says so, as in eager PyTorch: outputs can be compared to the bit."""
+    return torch._inductor.config.patch(emulate_precision_casts=True)
+
+
+@rounding_as_written()
 def faults(subject: Subject, preset: str, **config: Any) -> list[str]:
     """What is wrong with `subject` compiled under `preset`: outputs, bytes, gradients, closed layers, recompiles."""
     options = dict(preset=preset, regions=subject.regions, freeze_rate=0.0, always_open=(), **config)
