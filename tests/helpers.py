@@ -104,7 +104,7 @@ def given_to_regions(model: nn.Module) -> Iterator[list[Tensor]]:
 
         return spy
 
-    calls = {module: module._compiled_call_impl for module in session_of(model).compiled_modules}
+    calls = {module: module._compiled_call_impl for module in session_of(model).calls}
     for module, call in calls.items():
         module._compiled_call_impl = spied(call)
     yield found
