@@ -107,15 +107,22 @@ class _Encoded:
         value = taken.meta["val"]
         self.codec, self.taken, self.dtype, self.traces = codec, taken, value.dtype, traces
         self.rows = rows
+        # an expanded tensor is one of its repetitions: a key that several queries share
+        self.repeated = [dim for dim, stride in enumerate(value.stride()) if isinstance(stride, int) and stride == 0]
+        sizes = [1 if dim in self.repeated else size for dim, size in enumerate(value.shape)]
         self.inverse = [rows.order.index(dim) for dim in range(value.dim())]
-        self.shape = [value.shape[dim] for dim in rows.order]
-        self.row_shape = rows.shape(value.shape)
+        self.shape = [sizes[dim] for dim in rows.order]
+        self.row_shape = rows.shape(sizes)
+        self.expanded = list(value.shape)
 
     def encode(self, split: SplitGraph, produced: fx.Node) -> list[fx.Node]:
         def function(x: Tensor) -> tuple[Tensor, ...]:
+            for dim in self.repeated:
+                x = x.narrow(dim, 0, 1)
             return self.codec.encode(x.permute(self.rows.order).reshape(self.rows.shape(x.shape)))
 
-        traced = self.traces.get_or_trace(function, [produced.meta["val"]], "encode", self.codec, self.rows)
+        options = ("encode", self.codec, self.rows, self.repeated)
+        traced = self.traces.get_or_trace(function, [produced.meta["val"]], *options)
         _follow_producer(produced)
         with insertion_behind(produced):
             return _splice(split.forward.graph, traced, [produced], produced)
@@ -124,11 +131,12 @@ class _Encoded:
         def function(*arguments: Tensor) -> Tensor:
             # the sizes that follow the parts are not read: the trace finds the symbols of `shape` in them
             rows = self.codec.decode(arguments[: len(parts)], self.row_shape, self.dtype)
-            return rows.reshape(self.shape).permute(self.inverse)
+            x = rows.reshape(self.shape).permute(self.inverse)
+            return x.expand(self.expanded) if self.repeated else x
 
         arguments = [*parts, *split.sizes().values()]
         values = [argument.meta["val"] for argument in arguments]
-        options = ("decode", self.codec, self.shape, self.row_shape, self.dtype, self.inverse)
+        options = ("decode", self.codec, self.shape, self.row_shape, self.dtype, self.inverse, self.expanded)
         traced = self.traces.get_or_trace(function, values, *options)
         with split.insertion():
             (restored,) = _splice(split.backward.graph, traced, arguments, self.taken, split.late)

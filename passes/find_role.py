@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from slimfit_fx.graph import COPIES, aten, base_of, hint, is_pointwise, keep_of, readers
+from slimfit_fx.graph import COPIES, SPLITS, VIEWS, aten, base_of, hint, is_pointwise, keep_of, readers
 from slimfit_fx.roles import BORROWED
+
+from .conditioning import operator_of
 
 # The role of a saved tensor by the operator that reads it in the backward, as it was before decomposition. An operator
 # of the forward is among them where the backward computes it again. The first match counts.
@@ -50,14 +52,13 @@ _BY_READER = {
     "_scaled_dot_product_cudnn_attention_backward": "attention operand",
     "_scaled_dot_product_fused_attention_overrideable_backward": "attention operand",
     "_scaled_dot_product_attention_math": "attention operand",
-    "bmm": "attention operand",
     "convolution_backward": "convolution input",
     "mm": "linear input",
 }
 _ACTIVATIONS = frozenset({"gelu", "silu", "relu", "hardswish", "mish", "elu", "leaky_relu", "softplus", "sigmoid"})
 
 _SQUARES = frozenset({aten.pow.Tensor_Scalar, aten.mul.Tensor, aten.square.default})
-_SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int})
+_PRODUCTS = frozenset({aten.bmm.default, aten.baddbmm.default})
 
 
 def find_role(produced: fx.Node, taken: fx.Node) -> str:
@@ -75,22 +76,18 @@ def find_role(produced: fx.Node, taken: fx.Node) -> str:
         return "statistics"
     if _are_scores(base):
         return "softmax output"
-    found = {operator_of(reader) for reader in _readers_of_copies(taken)}
+    found = {operator_of(reader) for reader in readers_of_copies(taken)}
     role = next((role for name, role in _BY_READER.items() if name in found), None)
+    if role in (None, "convolution input", "linear input") and "bmm" in found and _is_attended(base):
+        return "attention operand"
     return role or ("logits" if _are_logits(base) else "norm input" if _is_normalized(base) else "other")
 
 
-def operator_of(node: fx.Node) -> str:
-    """The name of the operator that a node computes, or is a part of the decomposition of."""
-    original = node.meta.get("original_aten", node.target)
-    return getattr(original, "__name__", str(original)).partition(".")[0]
-
-
-def _readers_of_copies(node: fx.Node) -> Iterator[fx.Node]:
+def readers_of_copies(node: fx.Node) -> Iterator[fx.Node]:
     """All nodes that read the values of `node`, also in another dtype, order or number."""
     for reader in readers(node):
         if reader.target in COPIES:
-            yield from _readers_of_copies(reader)
+            yield from readers_of_copies(reader)
         else:
             yield reader
 
@@ -99,10 +96,12 @@ def _linear_role(kept: fx.Node) -> str:
     """Whether an activation function made a kept tensor: itself, as a gated product, or with dropout behind it."""
     node = base_of(kept.args[0])  # type: ignore[arg-type]
     for _ in range(3):
-        makers = {operator_of(node), *(operator_of(base_of(argument)) for argument in node.all_input_nodes)}
-        if not makers.isdisjoint(_ACTIVATIONS):
+        # a quotient by softplus, say, is something else
+        passed_on = node.target in COPIES or operator_of(node) in ("mul", "native_dropout", "dropout")
+        makers = [node, *map(base_of, node.all_input_nodes)] if passed_on else [node]
+        if any(operator_of(maker) in _ACTIVATIONS for maker in makers):
             return "feed-forward input"
-        if operator_of(node) not in ("mul", "native_dropout", "dropout") or not node.all_input_nodes:
+        if not passed_on or not node.all_input_nodes:
             break
         node = base_of(node.all_input_nodes[-1])
     return "linear input"
@@ -110,20 +109,48 @@ def _linear_role(kept: fx.Node) -> str:
 
 def _are_scores(base: fx.Node) -> bool:
     """Whether a product of query and key goes into a softmax, by way of scaling and masks."""
-    return base.target is aten.bmm.default and _leads_to(base, _is_softmax, is_pointwise)
+    return base.target is aten.bmm.default and leads_to(base, is_softmax, is_pointwise)
+
+
+def _is_attended(base: fx.Node) -> bool:
+    """Whether a product of the tensor goes into a softmax, or is one with a softmax: not every batch of products is."""
+    for product in readers_of_copies(base):
+        if product.target not in _PRODUCTS:
+            continue
+        if leads_to(product, is_softmax, _is_score) or any(map(_is_softmaxed, product.all_input_nodes)):
+            return True
+    return False
+
+
+def _is_softmaxed(node: fx.Node) -> bool:
+    """Whether a softmax made the tensor, with dropout behind it, masks and scales."""
+    pending = [node]
+    for _ in range(16):
+        if not pending:
+            return False
+        node = pending.pop(0)
+        if is_softmax(node):
+            return True
+        if node.target in VIEWS or is_pointwise(node):
+            pending.extend(node.all_input_nodes)
+    return False
+
+
+def _is_score(node: fx.Node) -> bool:
+    return is_pointwise(node) or operator_of(node) in ("gather", "index", "constant_pad_nd", "cat")
 
 
 def _are_logits(base: fx.Node) -> bool:
     """Whether a loss reads the tensor, by way of soft caps or conversions."""
-    return _leads_to(base, _is_loss, is_pointwise)
+    return leads_to(base, _is_loss, is_pointwise)
 
 
 def _is_normalized(base: fx.Node) -> bool:
     """Whether a norm reads the tensor, or a sum with it: the residual stream, or what is added to it."""
-    return _leads_to(base, _is_norm, _is_sum)
+    return leads_to(base, _is_norm, is_sum)
 
 
-def _is_softmax(node: fx.Node) -> bool:
+def is_softmax(node: fx.Node) -> bool:
     return operator_of(node) in ("_softmax", "_safe_softmax") or node.target is aten.amax.default
 
 
@@ -135,7 +162,7 @@ def _is_norm(node: fx.Node) -> bool:
     return _BY_READER.get(operator_of(node)) == "norm input" or _is_mean_square(node)
 
 
-def _is_sum(node: fx.Node) -> bool:
+def is_sum(node: fx.Node) -> bool:
     scaled = node.target in (aten.mul.Tensor, aten.div.Tensor) and len(node.all_input_nodes) == 1
     return scaled or node.target in (aten.add.Tensor, aten.sub.Tensor)
 
@@ -149,13 +176,13 @@ def _is_mean_square(square: fx.Node) -> bool:
     return any(root.target is aten.rsqrt.default for root in roots)
 
 
-def _leads_to(base: fx.Node, found: Callable[[fx.Node], bool], by_way_of: Callable[[fx.Node], bool]) -> bool:
+def leads_to(base: fx.Node, found: Callable[[fx.Node], bool], by_way_of: Callable[[fx.Node], bool]) -> bool:
     """Whether what is looked for reads a forward tensor, or one of the nearest 15 on the way from it."""
     pending = [base]
     for _ in range(16):
         if not pending:
             return False
-        for node in _readers_of_copies(pending.pop(0)):
+        for node in readers_of_copies(pending.pop(0)):
             if found(node):
                 return True
             if by_way_of(node):
@@ -165,7 +192,7 @@ def _leads_to(base: fx.Node, found: Callable[[fx.Node], bool], by_way_of: Callab
 
 def _is_statistic(node: fx.Node) -> bool:
     """One number a row or a channel; of a kernel with several results, what is not the first."""
-    if node.target is operator.getitem and node.args[0].target not in _SPLITS:  # type: ignore[union-attr]
+    if node.target is operator.getitem and node.args[0].target not in SPLITS:  # type: ignore[union-attr]
         return bool(node.args[1])
     shape = [hint(size, 2) for size in node.meta["val"].shape]
     return len(shape) < 2 or shape[-1] == 1

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from slimfit_fx.graph import SPLITS, VIEWS, base_of, hint, is_pointwise, is_tensor
 
-from .find_role import operator_of
+from .conditioning import operator_of
 
 # Norms over the places of a channel, not over the last dimension.
 _CHANNEL_NORMS = ("group_norm", "batch_norm")
@@ -33,11 +33,11 @@ class Rows:
     order: tuple[int, ...]
     row: int
 
-    def shape(self, sizes: tuple[int, ...]) -> list[int]:
+    def shape(self, sizes: Sequence[int]) -> list[int]:
         """[..., row] of a tensor of `sizes`: dimensions that a row does not reach stay as they are."""
-        sizes = tuple(sizes[dim] for dim in self.order)
+        sizes = [sizes[dim] for dim in self.order]
         if not isinstance(self.row, int) or not sizes:
-            return list(sizes)
+            return sizes
         end, reached = len(sizes), 1
         while reached < self.row:
             end -= 1
@@ -49,7 +49,8 @@ def find_rows(produced: fx.Node, taken: fx.Node, role: str) -> Rows:
     """The rows of what the forward makes as `produced` and the backward takes as `taken`."""
     value = produced.meta["val"]
     sizes, strides = list(value.shape), [hint(stride) for stride in value.stride()]
-    order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
+    # what is repeated without taking memory is no part of a row
+    order = sorted(range(value.dim()), key=lambda dim: -strides[dim] or -math.inf)
     if not order:
         return Rows((), 1)
     if role == "norm input":
@@ -60,7 +61,8 @@ def find_rows(produced: fx.Node, taken: fx.Node, role: str) -> Rows:
     limit = _source(produced).meta["val"].shape[-1:]
     row, *outer = (sizes[dim] for dim in reversed(order))
     for dim, size in zip(reversed(order[:-1]), outer, strict=True):
-        if not all(isinstance(n, int) for n in (row, size, *limit)) or strides[dim] * size > math.prod(limit):
+        known = strides[dim] and all(isinstance(n, int) for n in (row, size, *limit))
+        if not known or strides[dim] * size > math.prod(limit):
             break
         row *= size
     return Rows(tuple(order), row)

@@ -16,6 +16,7 @@ from slimfit_fx.roles import GATES
 from slimfit_fx.split_graph import SplitGraph
 
 from .find_role import find_role
+from .mark_exact import mark_exact
 
 # Tensors this much smaller than the largest one are not worth an error.
 _SMALL = 64
@@ -57,6 +58,7 @@ def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: Code
                 rebuildable=rules.rebuild and role != GATES,
             )
         )
+    mark_exact(split, plan, rules)
     _choose_codecs(plan, rules)
     return plan
 

@@ -10,6 +10,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from slimfit_fx.graph import JointGraph
 from slimfit_fx.split_graph import SplitGraph
 
+from .mutated_inputs import save_old_values
+
 
 def partition(joint: JointGraph, inputs: Any, **options: Any) -> SplitGraph:
     """torch's own min-cut partitioner, told to prefer memory where it is nearly free.
@@ -18,7 +20,8 @@ def partition(joint: JointGraph, inputs: Any, **options: Any) -> SplitGraph:
     tensor (the dropped-out softmax, next to the softmax and the mask) costs one small kernel to compute again.
 
     The extra outputs that earlier passes asked for kept their nodes in the forward; they are taken off again. Those
-    that the backward needs are among the saved tensors by now, in the order that AOTAutograd expects.
+    that the backward needs are among the saved tensors by now, in the order that AOTAutograd expects. (It takes any
+    input for one that stays as it is: what the model changes in place is saved as a copy.)
     """
     total = joint.num_outputs + joint.extra_outputs
     with functorch_config.patch(ban_recompute_materialized_backward=False):
@@ -30,4 +33,6 @@ def partition(joint: JointGraph, inputs: Any, **options: Any) -> SplitGraph:
         descriptions = list(output.meta["desc"])
         output.meta["desc"] = [*descriptions[: joint.num_outputs], *descriptions[total:]]
     forward.graph.eliminate_dead_code()
-    return SplitGraph(forward, backward, joint.num_outputs, joint.activations)
+    split = SplitGraph(forward, backward, joint.num_outputs, joint.activations)
+    save_old_values(split)
+    return split

@@ -17,13 +17,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from slimfit_fx.codecs import Recompute
 from slimfit_fx.graph import VIEWS, aten, base_of, call, is_pointwise, is_tensor, keep_of
 from slimfit_fx.plan import Plan, SavedTensor
+from slimfit_fx.roles import EXACT, MASK
 from slimfit_fx.split_graph import SplitGraph
+
+from .conditioning import Error, error_of
+from .mutated_inputs import mutated_inputs
 
 _ops = torch.ops.slimfit_fx
 _RESHAPES = frozenset(
@@ -63,7 +66,7 @@ def rebuild(split: SplitGraph, plan: Plan) -> None:
         steps = recipes.find(produced, allowed, savable)
         if wish:
             row.codec = wish.otherwise
-        if steps is not None and not _compares(produced, steps):
+        if steps is not None and recipes.are_accurate(steps, produced, row.role):
             split.replace_saved(taken, [], lambda _, steps=steps, node=produced: recipes.replay(steps, node))
             row.store(0, "recomputed" if wish else "rebuilt")
 
@@ -74,13 +77,6 @@ def _cheap(node: fx.Node) -> bool:
 
 def _recomputable(node: fx.Node) -> bool:
     return _cheap(node) or node.target in _PRODUCTS or node.target in _REDUCTIONS
-
-
-def _compares(produced: fx.Node, steps: list[_Step]) -> bool:
-    """Whether a mask would be made from numbers again: those may be rounded by then, and the mask flip."""
-    if produced.meta["val"].is_floating_point():
-        return False
-    return any(argument.meta["val"].is_floating_point() for step in steps for argument in step.sources)
 
 
 @dataclass(frozen=True)
@@ -109,8 +105,10 @@ class _Recipes:
         self.split, self.plan = split, plan
         # of an input that an earlier graph made, only what is saved is alive
         activations = {node for position, node in split.inputs().items() if position in split.activations}
-        mutated = _mutated_inputs(split)
+        mutated = mutated_inputs(split.forward.graph)
         self.unusable = activations | mutated
+        # forward nodes that what was rebuilt of them needs to the last bit
+        self.exact: set[fx.Node] = set()
         self.kept_inputs = _kept_inputs(split, plan, activations - mutated)
 
     def find(
@@ -145,6 +143,29 @@ class _Recipes:
 
         return list(steps.values()) if visit(wanted) else None
 
+    def are_accurate(self, steps: list[_Step], wanted: fx.Node, role: str) -> bool:
+        """Whether `wanted` can be computed from what codecs will have made of its sources; notes those that then have
+        to stay exact.
+
+        Masks and what stays exact itself are not made from rounded numbers; nor is anything by a division through
+        them, a logarithm, a comparison.
+        """
+        worst = Error.SCALED
+        if role in (EXACT, MASK) or wanted in self.exact or not wanted.meta["val"].is_floating_point():
+            worst = Error.NONE
+        sources = {source for step in steps for source in step.sources} - {step.node for step in steps}
+        taken = dict(self.split.saved())
+        rounded = {node for node in sources if self._is_rounded(node, taken.get(node))}
+        if _error(steps, wanted, rounded) > worst:
+            return False
+        self.exact |= {source for source in sources - rounded if _error(steps, wanted, rounded | {source}) > worst}
+        return True
+
+    def _is_rounded(self, source: fx.Node, taken: fx.Node | None) -> bool:
+        """Whether a codec changes what is saved, or would be saved, of a tensor."""
+        row = self.kept_inputs.get(source) if taken is None else self.plan.find(taken.name)
+        return row is not None and row.codec is not None and row.codec.accepts(source.meta["val"].dtype)
+
     def replay(self, steps: list[_Step], wanted: fx.Node) -> fx.Node:
         """Adds the steps to the backward; returns the node that is `wanted` there."""
         there: dict[fx.Node, fx.Node] = dict(self.split.saved())
@@ -174,6 +195,15 @@ class _Recipes:
             copy = graph.node_copy(step.node, there.__getitem__)
         self.split.late.add(copy)
         return copy
+
+
+def _error(steps: list[_Step], wanted: fx.Node, rounded: Collection[fx.Node]) -> Error:
+    """The error of what the steps make of sources of which some are rounded."""
+    errors = dict.fromkeys(rounded, Error.SCALED)
+    for step in steps:
+        same = step.view is not None or step.keeps
+        errors[step.node] = errors.get(step.sources[0], Error.NONE) if same else error_of(step.node, errors)
+    return errors.get(wanted, Error.NONE)
 
 
 def _kept_inputs(split: SplitGraph, plan: Plan, activations: Collection[fx.Node]) -> dict[fx.Node, SavedTensor]:
@@ -212,13 +242,3 @@ def _undone(view: fx.Node, there: fx.Node) -> tuple[Callable[..., Any], tuple[An
         dims = [int(dim) % len(view.args[1]) for dim in view.args[1]]  # type: ignore[arg-type, union-attr]
         return aten.permute.default, (there, [dims.index(dim) for dim in range(len(dims))])
     return aten.view.default, (there, list(view.all_input_nodes[0].meta["val"].shape))
-
-
-def _mutated_inputs(split: SplitGraph) -> set[fx.Node]:
-    """Inputs that the model changes in place: their old values are not there any more when the backward runs."""
-    context = TracingContext.try_get()
-    metadata = context.fw_metadata if context is not None else None
-    if metadata is None:
-        return set()
-    inputs = split.inputs()
-    return {inputs[i] for i, info in enumerate(metadata.input_info) if info.mutates_data and i in inputs}

@@ -8,15 +8,20 @@ x still is at hand.
 from __future__ import annotations
 
 import functools
-import itertools
-from typing import Any
+import math
 
-from torch import SymInt, fx
+from torch import fx
 
-from slimfit_fx.codecs import Derivative
+from slimfit_fx.codecs import Codec, Derivative, FixedPoint
 from slimfit_fx.graph import VIEWS, aten, call, is_pointwise, is_tensor
 from slimfit_fx.plan import Plan, SavedTensor
 from slimfit_fx.split_graph import SplitGraph
+
+from .conditioning import operator_of
+from .move_to_forward import between, erase_unread, move_to_forward
+
+# Where the derivatives of activation functions lie.
+_RANGES = {"gelu": (-0.1290, 1.1290), "silu": (-0.0999, 1.0999), "mish": (-0.1126, 1.0885)}
 
 
 def save_derivatives(split: SplitGraph, plan: Plan) -> None:
@@ -26,7 +31,9 @@ def save_derivatives(split: SplitGraph, plan: Plan) -> None:
         if row is None or not isinstance(row.codec, Derivative):
             continue
         derivative = None if row.borrowed else _find_derivative(taken)
-        moved = None if derivative is None else _move_to_forward(produced, taken, derivative)
+        if derivative is not None and not _holds(row.codec.codec, taken, derivative):
+            derivative = None
+        moved = None if derivative is None else move_to_forward({taken: produced}, derivative)
         row.codec = row.codec.otherwise if moved is None else row.codec.codec
         if moved is not None and derivative is not None:
             split.replace_saved(taken, [moved], functools.partial(_read_instead, derivative, row))
@@ -46,6 +53,16 @@ def _find_derivative(taken: fx.Node) -> fx.Node | None:
     return derivative
 
 
+def _holds(codec: Codec | None, taken: fx.Node, derivative: fx.Node) -> bool:
+    """Whether the codec's range, if it has one, holds the derivative: of one activation function by itself."""
+    if not isinstance(codec, FixedPoint):
+        return True
+    made = (node for node in between([taken], derivative) if is_pointwise(node))
+    name, *others = {operator_of(node).removesuffix("_backward") for node in made}
+    low, high = _RANGES.get("" if others else name, (-math.inf, math.inf))
+    return codec.low <= low and high <= codec.low + codec.step * (2**codec.bits - 1)
+
+
 def _joined(first: fx.Node, second: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
     """Of (gradient * first) * second, rewritten as gradient * (first * second), the new factor: SiLU's backward."""
     for inner, outer in ((first, second), (second, first)):
@@ -63,47 +80,10 @@ def _joined(first: fx.Node, second: fx.Node, inside: set[fx.Node]) -> fx.Node | 
     return None
 
 
-def _move_to_forward(produced: fx.Node, taken: fx.Node, derivative: fx.Node) -> fx.Node | None:
-    """Copies what computes `derivative` from `taken` to the forward, right behind `produced`.
-
-    None if that takes a symbolic size which the forward does not know there yet.
-    """
-    needed, pending = set(), [derivative]
-    while pending:
-        node = pending.pop()
-        if node is not taken and node not in needed:
-            needed.add(node)
-            pending.extend(node.all_input_nodes)
-    known = _sizes_before(produced)
-    copies = {taken: produced}
-    with produced.graph.inserting_before(produced.next):
-        for node in taken.graph.nodes:
-            if node in needed and node.op == "placeholder":
-                size = known.get(node.meta["val"].node.expr)
-                if size is None:
-                    return None
-                copies[node] = size
-            elif node in needed:
-                copies[node] = produced.graph.node_copy(node, copies.__getitem__)
-    return copies[derivative]
-
-
-def _sizes_before(end: fx.Node) -> dict[Any, fx.Node]:
-    """The symbolic sizes that a graph computes before the node `end`, by their expressions."""
-    nodes = itertools.takewhile(lambda node: node is not end, end.graph.nodes)
-    values = ((node.meta.get("val"), node) for node in nodes)
-    return {value.node.expr: node for value, node in values if isinstance(value, SymInt)}
-
-
 def _read_instead(derivative: fx.Node, row: SavedTensor, placeholders: list[fx.Node]) -> fx.Node:
     """Takes the derivative from its placeholder, and computes it no more."""
     (placeholder,) = placeholders
     derivative.replace_all_uses_with(placeholder)
     row.name, row.derived = placeholder.name, True
-    pending = [derivative]
-    while pending:
-        node = pending.pop()
-        if node.op == "call_function" and not node.users and not node._erased:
-            pending.extend(node.all_input_nodes)
-            node.graph.erase_node(node)
+    erase_unread(derivative)
     return placeholder

@@ -27,5 +27,7 @@ from .transform import report as report
 from .transform import scheduler as scheduler
 from .transform import transform as transform
 from .transform import undo as undo
+from .verification import Verification as Verification
+from .verify import verify as verify
 
 __version__ = "0.1.0"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -21,6 +22,17 @@ from .gates import Gates
 
 _EXAMPLES = 5
 _watchers: WeakSet[OutsideGradients] = WeakSet()
+_paused: list[bool] = []  # not by thread: a backward on a device has threads of its own
+
+
+@contextmanager
+def outside_allowed() -> Iterator[None]:
+    """Inside, gradients may come from anywhere: the untransformed model runs, on purpose."""
+    _paused.append(True)
+    try:
+        yield
+    finally:
+        _paused.pop()
 
 
 class OutsideGradients:
@@ -93,7 +105,9 @@ class OutsideGradients:
     def arrived(self, parameter: nn.Parameter, layer: int) -> bool:
         """A gradient of `layer` arrived; whether it is to be dropped."""
         model = self._model()
-        if model is None or not model.training or layer in self._trained or self._overruled(parameter):
+        if model is None or not model.training or layer in self._trained:
+            return False
+        if _paused or self._overruled(parameter):
             return False
         if layer not in self.layers:
             self._explain()

@@ -12,6 +12,7 @@ import torch
 
 from .codecs import BitMask, Codec, Derivative, FixedPoint, Quantize, Recompute, TopK, WhenFrozen
 from .paths import joined, matches
+from .roles import EXACT, MASK
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ PRESETS = {
 
 
 # An error in these is an error in everything that they scale, choose or measure.
-_PRECISE = frozenset({"statistics", "logits", "indices"})
+_PRECISE = frozenset({"statistics", "logits", "indices", EXACT, MASK})
 
 
 @dataclass(frozen=True)

@@ -88,15 +88,15 @@ class Report:
                 row["kind"],
                 _shorten(row["layers"]),
                 row["stored_as"],
-                *(_size(row[column]) for column in _BYTES),
+                *(size_text(row[column]) for column in _BYTES),
             ]
             for row in held
         ]
         roles = [
-            [total["role"], total["kind"], total["tensors"], *(_size(total[column]) for column in _BYTES)]
+            [total["role"], total["kind"], total["tensors"], *(size_text(total[column]) for column in _BYTES)]
             for total in self.by_role()
         ]
-        roles.append(["total", "", len(held), *(_size(sum(row[column] for row in held)) for column in _BYTES)])
+        roles.append(["total", "", len(held), *(size_text(sum(row[column] for row in held)) for column in _BYTES)])
         sizes = ["as it is", "stored", "now"]
         parts = [
             tabulate(tensors, ["module", "role", "shape", "dtype", "kind", "needed by", "stored as", *sizes]),
@@ -142,8 +142,8 @@ class Report:
             )
         near, far = self.optimizer_bytes
         if near or far:
-            host = f", {_size(far)} on the host" if far else ""
-            lines.append(f"Optimizer states of layers: {_size(near)}{host}.")
+            host = f", {size_text(far)} on the host" if far else ""
+            lines.append(f"Optimizer states of layers: {size_text(near)}{host}.")
         return "\n".join(lines)
 
 
@@ -158,7 +158,7 @@ def _shorten(names: Sequence[str]) -> str:
     return ", ".join(".".join(p[common:]) for p in parts)
 
 
-def _size(nbytes: int) -> str:
+def size_text(nbytes: int) -> str:
     """Bytes in the unit that keeps them readable, powers of 1,024."""
     value = float(nbytes)
     for unit in ("B", "KiB", "MiB"):

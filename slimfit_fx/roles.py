@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 
+# Whatever else they are to the backward, these stay as they are, unless an override names the role.
+EXACT = "sensitive operand"
+MASK = "float mask"
+
 # Roles that a codec can be chosen for.
 ROLES = {
     "linear input": "of a linear layer; read by its weight gradient only",
@@ -18,6 +22,8 @@ ROLES = {
     "logits": "what the loss reads",
     "indices": "of an embedding, and other integers",
     "statistics": "one number a row or a channel: reciprocal standard deviations, log-sum-exps",
+    EXACT: "read where small errors do not stay small: a denominator, an argument of a logarithm, a root, a comparison",
+    MASK: "added to scores before a softmax, may be infinite",
     "other": "anything else: hidden states at a checkpoint, operands of products",
 }
 

@@ -56,7 +56,7 @@ def transform(model: nn.Module, config: Config | None = None, **overrides: Any) 
     config = (config or Config()).replace(**overrides)
     regions = find_regions(model, config)
     modules = [region.module for region in regions]
-    if _original(model) is not model or any(module._compiled_call_impl for module in (model, *modules)):
+    if original(model) is not model or any(module._compiled_call_impl for module in (model, *modules)):
         raise StateError("the model is compiled already; transform compiles it itself: pass the plain model")
     session = start_session(model, config)
     compile_calls(model, regions, session)
@@ -65,11 +65,11 @@ def transform(model: nn.Module, config: Config | None = None, **overrides: Any) 
 
 def undo(model: nn.Module) -> nn.Module:
     """Gives back the untouched model, weights as they are now."""
-    session, original = _session(model), _original(model)
+    session, plain = _session(model), original(model)
     session.close()
-    restore_calls(original, session)
-    del _sessions[original]
-    return original
+    restore_calls(plain, session)
+    del _sessions[plain]
+    return plain
 
 
 def gates(model: nn.Module) -> Gates:
@@ -99,7 +99,7 @@ def report(model: nn.Module, sample: Any = None, loss: Callable[[Any], Tensor] |
     session = _session(model)
     if not session.active:
         raise StateError("nothing is captured yet: run one training forward of the model, then ask for the report")
-    errors = {} if sample is None else probe(_original(model), session.config, sample, loss)
+    errors = {} if sample is None else probe(original(model), session.config, sample, loss)
     plan, open_gates = session.plan, session.gates.table.tolist()
     optimizer_bytes, outside = session.scheduler.optimizer_bytes(), session.outside_layers
     return Report(plan, session.layers, open_gates, errors, optimizer_bytes, outside)
@@ -130,7 +130,7 @@ def start_session(model: nn.Module, config: Config) -> Session:
 
 def session_of(model: nn.Module) -> Session | None:
     """What belongs to a transformed model, compiled wrappers included; None if it is not transformed."""
-    return _sessions.get(_original(model))
+    return _sessions.get(original(model))
 
 
 def _session(model: nn.Module) -> Session:
@@ -140,7 +140,7 @@ def _session(model: nn.Module) -> Session:
     return session
 
 
-def _original(model: nn.Module) -> nn.Module:
+def original(model: nn.Module) -> nn.Module:
     """The module inside of what torch.compile returned, or `model` itself."""
     return model._modules.get("_orig_mod") or model  # no getattr: wrappers forward it to what they wrap
 

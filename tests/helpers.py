@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
-from torch.multiprocessing.reductions import StorageWeakRef
 
 import slimfit_fx
 from slimfit_fx import Config
+from slimfit_fx.handed_over import handed_over as bytes_handed_over
 from slimfit_fx.regions import find_regions
 from slimfit_fx.transform import session_of
 
@@ -88,28 +88,28 @@ def gated_parameters(model: nn.Module) -> dict[str, str]:
 
 def handed_over(outputs: Any, model: nn.Module, inputs: dict[str, Any]) -> int:
     """Bytes that the compiled forwards behind `outputs` keep for their backward, parameters and inputs left out."""
-    held = {storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    held |= {storage(value) for value in inputs.values() if isinstance(value, Tensor)}
-    total = 0
-    for node in compiled_functions(outputs):
-        saved = [*node.saved_tensors, *getattr(node, "_tensors_no_vc_check", [])]
-        total += sum({storage(t): t.untyped_storage().nbytes() for t in saved if storage(t) not in held}.values())
-    return total
+    given = [value for value in inputs.values() if isinstance(value, Tensor)]
+    return bytes_handed_over(outputs, [*model.parameters(), *model.buffers(), *given])
 
 
-def compiled_functions(outputs: Any) -> set[Any]:
-    """The autograd nodes of all compiled graphs that `outputs` were computed with."""
-    pending, seen = [t.grad_fn for t in tensors(outputs)], set()
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            pending.extend(following for following, _ in node.next_functions)
-    return {node for node in seen if "CompiledFunction" in type(node).__name__}
+@contextmanager
+def given_to_regions(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The tensors without a gradient, masks and position tables, that the model hands to its regions inside."""
+    found = []
 
+    def spied(call):
+        def spy(*args, **kwargs):
+            found.extend(tensor for tensor in tensors((args, kwargs)) if tensor.is_leaf)
+            return call(*args, **kwargs)
 
-def storage(tensor: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(tensor.untyped_storage())
+        return spy
+
+    calls = {module: module._compiled_call_impl for module in session_of(model).calls}
+    for module, call in calls.items():
+        module._compiled_call_impl = spied(call)
+    yield found
+    for module, call in calls.items():
+        module._compiled_call_impl = call
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,13 @@ STEPS = (
     "tied",  # the same weight twice
     "conv",
     "gated_unit",  # SwiGLU
+    "math_attention",  # softmax(q k) v, operator by operator
+    "squared_relu",
+    "leaky_relu",
+    "scaled",  # layer scale
 )
+# no powers of two, one that is a multiple of nothing but 4 and 43, a row longer than any group
+AWKWARD = dict(widths=(36, 100, 144, 172, 688), lengths=(1, 7, 8, 17, 197), batches=(1, 2, 3))
 
 
 @dataclass(frozen=True)
@@ -47,21 +54,28 @@ class Program:
         torch.manual_seed(self.seed)
         return Generated(self).to(self.dtype).train()
 
-    def inputs(self, seed: int = 0) -> dict[str, Tensor]:
+    def inputs(self, seed: int = 0, batch: int | None = None, length: int | None = None) -> dict[str, Tensor]:
+        """Other values for each seed, and of another size if one is given."""
         generator = torch.Generator().manual_seed(seed)
+        size = (batch or self.batch, length or self.length)
         if self.embedded:
-            return {"x": torch.randint(0, 11, (self.batch, self.length), generator=generator)}
-        x = torch.randn(self.batch, self.length, self.width, generator=generator)
+            return {"x": torch.randint(0, 11, size, generator=generator)}
+        x = torch.randn(*size, self.width, generator=generator)
         return {"x": x.to(self.dtype).requires_grad_()}
 
 
-def programs(dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> st.SearchStrategy[Program]:
+def programs(
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
+    widths: Sequence[int] = (4, 6, 8),
+    lengths: Sequence[int] = (2, 3, 4, 5),
+    batches: Sequence[int] = (2, 3, 4),
+) -> st.SearchStrategy[Program]:
     return st.builds(
         Program,
         steps=st.lists(st.sampled_from(STEPS), min_size=1, max_size=6).map(lambda s: ("linear", *s)),
-        batch=st.integers(2, 4),
-        length=st.integers(2, 5),
-        width=st.sampled_from([4, 6, 8]),
+        batch=st.sampled_from(batches),
+        length=st.sampled_from(lengths),
+        width=st.sampled_from(widths),
         embedded=st.booleans(),
         dtype=st.sampled_from(dtypes),
         seed=st.integers(0, 100),
@@ -94,6 +108,8 @@ class Generated(nn.Module):
             "tied": lambda: linear(1),
             "conv": lambda: nn.Conv1d(width, width, 3, padding=1),
             "gated_unit": lambda: linear(3),
+            "math_attention": lambda: linear(4),
+            "scaled": lambda: nn.ParameterList([torch.linspace(0.5, 1.5, width)]),
         }
         return parts.get(step, nn.Identity)()
 
@@ -125,6 +141,16 @@ class Generated(nn.Module):
         if step == "attention":
             heads = [layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in part[:3]]
             return part[3](F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        if step == "math_attention":
+            q, k, v = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in part[:3])
+            weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+            return part[3]((weights @ v).transpose(1, 2).flatten(2))
+        if step == "squared_relu":
+            return F.relu(x).square()
+        if step == "leaky_relu":
+            return F.leaky_relu(x, 0.2)
+        if step == "scaled":
+            return x * part[0]
         if step == "tied":
             return F.linear(part[0](x), part[0].weight)
         if step == "conv":
