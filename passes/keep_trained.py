@@ -46,12 +46,13 @@ def _trained_by(taken: fx.Node) -> int | None:
 
 
 def _gate_of(total: fx.Node) -> int | None:
-    """The gate of the layer whose gradient `total` is, up to its shape and dtype."""
+    """The gate of the layer whose gradient `total` is, up to shape and dtype, or a term of: a norm may be shared."""
     for user in total.users:
         if user.target is _ops.pass_gradient.default:
             return user.args[2]  # type: ignore[return-value]
-        if (user.target in VIEWS or is_pointwise(user)) and len(user.all_input_nodes) == 1:
-            return _gate_of(user)
+        reshaped = (user.target in VIEWS or is_pointwise(user)) and len(user.all_input_nodes) == 1
+        if (reshaped or user.target is aten.add.Tensor) and (gate := _gate_of(user)) is not None:
+            return gate
     return None
 
 
