@@ -252,3 +252,16 @@ def test_row_lengths_known_at_run_time_only(codec):
             assert ((found - x).abs() <= 1.01 * step).all(), shape
         else:
             assert torch.equal(found, both(x)), shape
+
+
+@pytest.mark.parametrize(
+    "codec", [Quantize(4), Quantize(2), FixedPoint(4, 0.5, -4.0), BitMask(), TopOfBlock(8)], ids=repr
+)
+def test_row_lengths_known_at_run_time_only_cost_little_padding(codec):
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
+    x = torch.randn(5, 96) > 0 if isinstance(codec, BitMask) else torch.randn(5, 96)
+    with enable_python_dispatcher():
+        traced = trace(lambda x: codec.encode(x), mode.from_tensor(x, symbolic_context=sizes))
+    stored = sum(part.numel() * part.element_size() for part in traced(x))
+    assert stored <= 1.25 * codec.nbytes(x.shape, x.dtype)

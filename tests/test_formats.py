@@ -97,6 +97,11 @@ def test_steps_of_integers_are_stored_in_bfloat16(bits, symmetric, row):
     assert Quantize(bits, 64, symmetric).encode(x.double())[1].dtype is torch.float64
 
 
+def test_a_step_that_bfloat16_has_is_not_lengthened():
+    x = torch.tensor([[1.0, -1.0, 0.0, 0.25], [3.0, 3.0, -3.0, 0.0]])
+    assert Quantize(2).encode(x)[1].flatten().tolist() == [1.0, 3.0]
+
+
 def test_codes_share_bytes_across_the_group():
     """Byte j holds elements j, j + s, ... from its low bits up."""
     x = torch.tensor([[0.0, 1.0, 2.0, 3.0, 3.0, 0.0, 1.0, 2.0]])
