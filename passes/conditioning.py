@@ -165,11 +165,10 @@ def _sums_squares(node: fx.Node) -> bool:
     if _name(node.target) not in ("sum", "mean") or len(node.args) < 2:
         return False
     square, dims = node.all_input_nodes[0], node.args[1]
-    rank = square.meta["val"].dim()
-    name = _name(square.target)
-    squared = name == "square" or (name == "mul" and square.args[0] is square.args[1])
-    squared = squared or (name == "pow" and square.args[1] == 2)
-    return squared and isinstance(dims, (list, tuple)) and any(dim % rank == rank - 1 for dim in dims)
+    rank, name = int(square.meta["val"].dim()), _name(square.target)
+    itself = name == "mul" and square.args[0] is square.args[1]
+    squared = name == "square" or itself or (name == "pow" and square.args[1] in (2, 2.0))
+    return squared and isinstance(dims, (list, tuple)) and any(dim % rank == rank - 1 for dim in dims)  # type: ignore[operator]
 
 
 def reads_as_mask(node: fx.Node, tensors: Collection[fx.Node]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from slimfit_fx.codecs import BitMask
 from slimfit_fx.graph import bytes_of
 from slimfit_fx.plan import Plan, SavedTensor
 from slimfit_fx.split_graph import SplitGraph
@@ -26,7 +27,8 @@ def decide_in_forward(split: SplitGraph, plan: Plan, taken: fx.Node, decision: f
     decision.replace_all_uses_with(placeholder)
     erase_unread(decision)
     shape = tuple(int(size) if str(size).isdigit() else str(size) for size in mask.meta["val"].shape)
-    new = SavedTensor(placeholder.name, row.module, "dropout mask", shape, "bool", (), nbytes=bytes_of(mask))
-    new.rebuildable = row.rebuildable
+    new = SavedTensor(placeholder.name, row.module, "dropout mask", shape, "bool", (), nbytes=0)
+    new.rebuildable, new.codec = row.rebuildable, BitMask()
+    new.store(bytes_of(mask))
     plan.saved.insert(plan.saved.index(row) + 1, new)
     return True

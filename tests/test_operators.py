@@ -44,6 +44,8 @@ AT_NIGHT = (
     r"|^repeat|^select|^index_|^scatter|^put$|^take|^fill$|^unfold$|^hstack$|^sum_to_size$|^masked_s|^cum_?trap|^trap"
     r"|^ceil$|^floor$|^trunc$|^round$|^sign$|deg2rad|rad2deg|^addr$|^addbmm$|^addmv$|^mv$|^vdot$|^inner$|^tensordot$|^kron$"
     r"|3d$|upsample|unpool|conv_transpose|shrink$|adaptive_|^grid_sampler|^batch_norm_with|^block_diag$|^gradient$|^nan"
+    r"|^log(2|10)$|^exp2$|^a?(sin|cos)h$|^msort$|^renorm$|^digamma$|^ldexp$|^f(max|min)$|multilabel|multi_margin|margin_rank"
+    r"|hinge|with_distance|^linear_cross"
 )
 
 
