@@ -86,6 +86,8 @@ def _next(tried: Mapping[int, int | None], limit: int, fits: int, too_large: int
     if len(known) > 1:
         (_, below, one), (_, above, other) = known[:2]
         guess = int(one + (limit - below) * (other - one) / (above - below)) if above != below else guess
+    if too_large is not None and guess >= too_large:  # it did not even run: nothing is known between the two
+        guess = (fits + too_large) // 2
     return min(max(guess, lowest), highest)
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torch._functorch import config as functorch_config
@@ -228,6 +228,7 @@ def test_an_accuracy_run(tiny_bert):
 
 
 @given(st.integers(0, 5000), st.integers(1, 300), st.integers(1, 10**6), st.integers(1, 64), st.booleans())
+@example(base=0, slope=3, limit=75, start=25, dies=True)
 def test_the_largest_batch_is_found(base, slope, limit, start, dies):
     """For an even growth, whether a batch that is too large is measured or dies."""
     tried = {}
