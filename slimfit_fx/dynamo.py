@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import _FrameAction as FrameAction
+from torch._C._dynamo.eval_frame import _FrameExecStrategy as FrameExecStrategy
 from torch._C._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.convert_frame import input_codes
 from torch._dynamo.exc import (
@@ -17,7 +19,6 @@ from torch._dynamo.exc import (
     TorchDynamoException,
     exceptions_allowed_to_be_fallback,
 )
-from torch._dynamo.types import FrameAction, FrameExecStrategy
 
 from .errors import SlimFitError
 

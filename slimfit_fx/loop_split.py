@@ -8,7 +8,7 @@ holds there what its memory held before.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -24,7 +24,7 @@ def exact_loop_splits() -> Iterator[None]:
     split = CppScheduling.try_loop_split
 
     @functools.wraps(split)
-    def exact(scheduling: Any, nodes: Sequence[Any]) -> Any:
+    def exact(scheduling: Any, nodes: list[Any]) -> Any:
         return split(scheduling, nodes) if all(map(_divides, nodes)) else nodes
 
     with mock.patch.object(CppScheduling, "try_loop_split", exact):

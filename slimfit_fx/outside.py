@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import Node, get_gradient_edge
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from .dynamo import not_traced
 from .errors import SlimFitWarning
 from .gates import Gates
 
@@ -162,7 +162,7 @@ def _arrival(
 def _listen_to_optimizers(outside: OutsideGradients) -> RemovableHandle:
     alive = weakref.ref(outside)
 
-    @torch.compiler.disable
+    @not_traced
     def after(optimizer: Optimizer, *_: Any) -> None:
         if (target := alive()) is not None:
             target.after_optimizer_step(optimizer)

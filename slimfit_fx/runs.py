@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .backend import Capture
 from .config import Config
 from .handed_over import handed_over
 from .outside import outside_allowed
@@ -46,9 +47,9 @@ class Watched(Session):
         self.given: list[Tensor] = []
         super().__init__(model, config)
 
-    def _run(self, *arguments: Any) -> Any:
+    def _run(self, capture: Capture, compiled: Callable[..., Any], delimits: bool, *arguments: Any) -> Any:
         self.given.extend(tensor for tensor in tensors(arguments) if tensor.is_leaf)
-        return super()._run(*arguments)
+        return super()._run(capture, compiled, delimits, *arguments)
 
 
 def run(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None, session: Watched | None = None) -> Run:
