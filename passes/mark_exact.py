@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import fx
 
+from slimfit_fx.codecs import Recompute
 from slimfit_fx.graph import COPIES, VIEWS, aten, dependent_on_gradients, is_tensor, storage_of
 from slimfit_fx.plan import Plan
 from slimfit_fx.presets import CodecRules
@@ -43,7 +44,8 @@ def mark_exact(split: SplitGraph, plan: Plan, rules: CodecRules) -> None:
             continue
         readings[taken] = _Reading(taken, gradients, order)
         _, codec = rules.chosen(row.role, row.module, taken.meta["val"].dtype)
-        if readings[taken].is_close or (codec is None and readings[taken].decisions):
+        lossless = codec is None or codec == Recompute(None)
+        if readings[taken].is_close or (lossless and readings[taken].decisions):
             found.setdefault(storage_of(produced), EXACT)
     decided: dict[fx.Node, bool] = {}
     for produced, taken in list(split.saved()):

@@ -72,6 +72,8 @@ CELLS = [
     for j, preset in enumerate(PRESETS)
     if name == "bert" or (i + j) % 2
 ]
+# products of SwiGLU in a Llama of this size lie below half a step of the published fixed-point format
+CELLS[CELLS.index(("llama", "batches", "paper"))] = ("llama", "batches", "tight")
 
 
 @pytest.mark.parametrize(("name", "what", "preset"), CELLS)
