@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+# A folder of generated code for each process: two that compile the same kernel at once may load half a file.
+_worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"slimfit_fx_tests_{_worker}")
 # Two cores, graphs that are traced and compiled: time limits would only report how busy the machine is.
 hypothesis.settings.register_profile("graphs", deadline=None, max_examples=15, print_blob=True)
 hypothesis.settings.register_profile("quick", deadline=None, max_examples=4)

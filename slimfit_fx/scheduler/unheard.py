@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import SlimFitWarning, StateError
@@ -17,6 +18,8 @@ from .statistics import Measurement
 _CHANGES = 3
 # Training forwards before which gradients had gone: a gradient scaler may skip some steps at first.
 _GONE = 10
+# Elements of a weight that tell whether it changed where no version does (`.data`).
+_FIRST = 16
 
 
 class UnheardSteps:
@@ -37,6 +40,7 @@ class UnheardSteps:
         self._versions: list[int] = []
         self._changes = 0
         self._gone = 0
+        self._first: list[Tensor] = []  # of each weight, from before gradients had gone
 
     def heard(self) -> None:
         """An optimizer that owns a layer steps."""
@@ -57,7 +61,7 @@ class UnheardSteps:
             opened = [p for parameters, is_open in zip(members, open_gates, strict=True) if is_open for p in parameters]
             self._gone += bool(opened) and all(parameter.grad is None for parameter in opened)
         self._backward, self._versions = False, versions
-        if self._changes >= _CHANGES or self._gone >= _GONE:
+        if self._changes >= _CHANGES or self._changed(members):
             self._watching = False
             warnings.warn(
                 "slimfit_fx: the model trains, but no torch.optim optimizer that owns its layers has made a step, so "
@@ -66,6 +70,18 @@ class UnheardSteps:
                 SlimFitWarning,
                 stacklevel=2,
             )
+
+    def _changed(self, members: Sequence[Sequence[nn.Parameter]]) -> bool:
+        """Whether gradients went often enough, and weights are others than then: who only looks at gradients does
+        not train."""
+        if self._gone not in (1, _GONE):
+            return False
+        first = [p.detach().flatten()[:_FIRST].clone() for parameters in members for p in parameters]
+        before, self._first = self._first, first
+        if self._gone < _GONE:
+            return False
+        self._gone = 1
+        return not all(map(torch.equal, before, first))
 
     def begin(self, state: State, opened: Mapping[nn.Parameter, int]) -> None:
         """The first forward of a step begins: `opened` have the weights that it starts from."""
