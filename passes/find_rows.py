@@ -36,7 +36,7 @@ class Rows:
     def shape(self, sizes: Sequence[int]) -> list[int]:
         """[..., row] of a tensor of `sizes`: dimensions that a row does not reach stay as they are."""
         sizes = [sizes[dim] for dim in self.order]
-        if not isinstance(self.row, int) or not sizes:
+        if not isinstance(self.row, int) or not self.row or not sizes:
             return sizes
         end, reached = len(sizes), 1
         while reached < self.row:

@@ -18,14 +18,14 @@ from .regions import Region
 
 def compile_plain(regions: Sequence[Region], mode: str) -> None:
     """Makes calls of the regions compiled ones, as `nn.Module.compile` does; regions of a kind share their graphs."""
-    backend = "inductor" if mode == "inductor" else _interpreter()
+    backend = "inductor" if mode == "inductor" else interpreter()
     kinds = {region.kind: type(region.module).__name__ for region in regions}
     functions = {kind: torch.compile(own_code(name), backend=backend) for kind, name in kinds.items()}
     for region in regions:
         region.module._compiled_call_impl = functools.partial(functions[region.kind], region.module)
 
 
-def _interpreter() -> Callable[..., Any]:
+def interpreter() -> Callable[..., Any]:
     """The graphs operator by operator, with the decompositions and the partitioner of `mode="eager"`."""
 
     def boxed(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:

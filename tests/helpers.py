@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.decomposition import select_decomp_table
 
 import slimfit_fx
 from slimfit_fx import Config
 from slimfit_fx.handed_over import handed_over as bytes_handed_over
+from slimfit_fx.plain import interpreter
 from slimfit_fx.regions import find_regions
 from slimfit_fx.transform import session_of
 
@@ -23,7 +21,7 @@ from slimfit_fx.transform import session_of
 def reference(model: nn.Module, mode: str = "eager", regions: str = "model") -> nn.Module:
     """A copy of `model` compiled by the same code generator, region by region, without the passes."""
     model = copy.deepcopy(model)
-    backend = "inductor" if mode == "inductor" else _interpreter()
+    backend = "inductor" if mode == "inductor" else interpreter()
     for region in find_regions(model, Config(regions=regions)):
         if region.module is model:
             model.compile(backend=backend)
@@ -31,21 +29,6 @@ def reference(model: nn.Module, mode: str = "eager", regions: str = "model") -> 
             call = lambda *args, _module=region.module, **kwargs: _module._call_impl(*args, **kwargs)  # noqa: E731
             region.module._compiled_call_impl = torch.compile(call, backend=backend)
     return model
-
-
-def _interpreter() -> Callable[..., Any]:
-    def boxed(gm, _):
-        run = lambda arguments: gm(*arguments)  # noqa: E731
-        run._boxed_call = True
-        return run
-
-    return aot_autograd(
-        fw_compiler=boxed,
-        bw_compiler=boxed,
-        inference_compiler=boxed,
-        partition_fn=min_cut_rematerialization_partition,
-        decompositions=select_decomp_table(),
-    )
 
 
 def transformed(model: nn.Module, **config: Any) -> nn.Module:
