@@ -99,3 +99,7 @@ def test_a_row_is_what_is_scaled_by_itself(role, model, x, expected):
 )
 def test_dimensions_that_a_row_does_not_reach_stay(rows, sizes, expected):
     assert rows.shape(sizes) == expected
+
+
+def test_a_tensor_without_elements_has_no_rows():
+    assert Rows((0, 1), 0).shape((3, 0)) == [3, 0]
