@@ -234,7 +234,7 @@ def test_shapes_of_what_is_stored(codec, shape, expected):
         (FixedPoint(8, 1.0, 0.0), {torch.float64, torch.float32, torch.float16, torch.bfloat16}),
         (BitMask(), {torch.bool}),
     ],
-    ids=str,
+    ids=["quantize", "fixed-point", "bits"],  # a set has another order in each process
 )
 def test_dtypes_that_are_encoded(codec, dtypes):
     every = {*dtypes, torch.float8_e4m3fn, torch.int8, torch.int64, torch.complex64, torch.bool, torch.float32}
