@@ -12,8 +12,8 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import flop_registry
 
-from slimfit_fx.graph import dependent_on_gradients, hint
-from slimfit_fx.transform import session_of
+from slimfit_fx.graph.nodes import dependent_on_gradients, hint
+from slimfit_fx.runtime.registry import session_of
 
 _weight_gradient = torch.ops.slimfit_fx.weight_gradient.default
 

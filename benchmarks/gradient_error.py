@@ -28,9 +28,9 @@ import finetune_text
 
 from slimfit_fx import Config
 from slimfit_fx.codecs import Codec, Derivative, FixedPoint, Float8, Quantize, Recompute, TopK, TopOfBlock
-from slimfit_fx.gradient_error import gradient_errors
+from slimfit_fx.inspection.gradient_difference import gradient_errors
+from slimfit_fx.inspection.probe import sample_gradients
 from slimfit_fx.presets import PRESETS
-from slimfit_fx.probe import sample_gradients
 
 GENERAL: list[Codec] = [
     Quantize(8, 128),

@@ -18,8 +18,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import slimfit_fx
-from slimfit_fx.layers import find_head
-from slimfit_fx.regions import find_regions
+from slimfit_fx.model.layers import find_head
+from slimfit_fx.model.regions import find_regions
 
 METHODS: Mapping[str, dict[str, Any]] = json.loads((Path(__file__).parent / "methods.json").read_text())
 

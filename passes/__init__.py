@@ -1,4 +1,4 @@
-"""The graph passes: plain functions, one file each, run in the order of `slimfit_fx.backend`."""
+"""The graph passes: plain functions, one file each, run in the order of `slimfit_fx.compiler.pipeline`."""
 
 from .compress import compress as compress
 from .expose_gates import expose_gates as expose_gates

@@ -16,8 +16,9 @@ from torch._guards import detect_fake_mode
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from slimfit_fx.analysis.find_rows import Rows, find_rows
 from slimfit_fx.codecs import Codec
-from slimfit_fx.graph import (
+from slimfit_fx.graph.nodes import (
     VIEWS,
     aten,
     bytes_of,
@@ -27,10 +28,8 @@ from slimfit_fx.graph import (
     storage_bytes,
     storage_of,
 )
-from slimfit_fx.plan import Plan, SavedTensor
-from slimfit_fx.split_graph import SplitGraph
-
-from .find_rows import Rows, find_rows
+from slimfit_fx.graph.plan import Plan, SavedTensor
+from slimfit_fx.graph.split import SplitGraph
 
 
 def compress(split: SplitGraph, plan: Plan) -> None:

@@ -13,9 +13,9 @@ import torch
 from torch import fx
 
 from slimfit_fx.codecs import WhenFrozen
-from slimfit_fx.graph import VIEWS, aten, bytes_of, call, hint, insertion_behind, is_pointwise
-from slimfit_fx.plan import Plan, SavedTensor
-from slimfit_fx.split_graph import SplitGraph
+from slimfit_fx.graph.nodes import VIEWS, aten, bytes_of, call, hint, insertion_behind, is_pointwise
+from slimfit_fx.graph.plan import Plan, SavedTensor
+from slimfit_fx.graph.split import SplitGraph
 
 _ops = torch.ops.slimfit_fx
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx
 
-from slimfit_fx.graph import bytes_of, hint, is_tensor, keep_of, storage_bytes, storage_of
-from slimfit_fx.plan import GatedGradient, Plan, SavedTensor
+from slimfit_fx.analysis.find_role import find_role
+from slimfit_fx.graph.nodes import bytes_of, hint, is_tensor, keep_of, module_of, storage_bytes, storage_of
+from slimfit_fx.graph.plan import GatedGradient, Plan, SavedTensor
+from slimfit_fx.graph.split import SplitGraph
 from slimfit_fx.presets import CodecRules
 from slimfit_fx.roles import GATES
-from slimfit_fx.split_graph import SplitGraph
 
-from .find_role import find_role
 from .mark_exact import mark_exact
 
 # Tensors this much smaller than the largest one are not worth an error.
@@ -94,14 +92,3 @@ def _choose_codecs(plan: Plan, rules: CodecRules) -> None:
     for row, asked, codec in choices:
         if asked or row.nbytes * _SMALL >= largest:
             row.codec = codec
-
-
-def module_of(node: fx.Node) -> str:
-    """The path of the innermost module that ran when the node was traced."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
-    if not stack:
-        return ""
-    path, _ = list(stack.values())[-1]
-    path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
-    path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
-    return re.sub(r"^(L\.)?(self|model|module)\b", "", path).strip(".")

@@ -7,16 +7,15 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import fx
 
+from slimfit_fx.analysis.conditioning import Error, error_of, gradient_error_of, operator_of, reads_as_mask
+from slimfit_fx.analysis.find_role import is_softmax, is_sum, leads_to
 from slimfit_fx.codecs import Recompute
-from slimfit_fx.graph import COPIES, VIEWS, aten, dependent_on_gradients, is_tensor, storage_of
-from slimfit_fx.plan import Plan
+from slimfit_fx.graph.decide_in_forward import decide_in_forward
+from slimfit_fx.graph.nodes import COPIES, VIEWS, aten, dependent_on_gradients, is_tensor, storage_of
+from slimfit_fx.graph.plan import Plan
+from slimfit_fx.graph.split import SplitGraph
 from slimfit_fx.presets import CodecRules
 from slimfit_fx.roles import EXACT, MASK
-from slimfit_fx.split_graph import SplitGraph
-
-from .conditioning import Error, error_of, gradient_error_of, operator_of, reads_as_mask
-from .decide_in_forward import decide_in_forward
-from .find_role import is_softmax, is_sum, leads_to
 
 # Masks are made of numbers that no score reaches; some models take a large one in the place of infinity.
 _HUGE = 1e4

@@ -7,10 +7,10 @@ from typing import Any
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from slimfit_fx.graph import JointGraph
-from slimfit_fx.split_graph import SplitGraph
+from slimfit_fx.graph.joint import JointGraph
+from slimfit_fx.graph.split import SplitGraph
 
-from .mutated_inputs import save_old_values
+from .save_old_values import save_old_values
 
 
 def partition(joint: JointGraph, inputs: Any, **options: Any) -> SplitGraph:

@@ -19,14 +19,13 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
+from slimfit_fx.analysis.conditioning import Error, error_of
+from slimfit_fx.analysis.mutated_inputs import mutated_inputs
 from slimfit_fx.codecs import Recompute
-from slimfit_fx.graph import VIEWS, aten, base_of, call, is_pointwise, is_tensor, keep_of
-from slimfit_fx.plan import Plan, SavedTensor
+from slimfit_fx.graph.nodes import VIEWS, aten, base_of, call, is_pointwise, is_tensor, keep_of
+from slimfit_fx.graph.plan import Plan, SavedTensor
+from slimfit_fx.graph.split import SplitGraph
 from slimfit_fx.roles import EXACT, MASK
-from slimfit_fx.split_graph import SplitGraph
-
-from .conditioning import Error, error_of
-from .mutated_inputs import mutated_inputs
 
 _ops = torch.ops.slimfit_fx
 _RESHAPES = frozenset(

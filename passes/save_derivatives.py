@@ -12,13 +12,12 @@ import math
 
 from torch import fx
 
+from slimfit_fx.analysis.conditioning import operator_of
 from slimfit_fx.codecs import Codec, Derivative, FixedPoint
-from slimfit_fx.graph import VIEWS, aten, call, is_pointwise, is_tensor
-from slimfit_fx.plan import Plan, SavedTensor
-from slimfit_fx.split_graph import SplitGraph
-
-from .conditioning import operator_of
-from .move_to_forward import between, erase_unread, move_to_forward
+from slimfit_fx.graph.move_to_forward import between, erase_unread, move_to_forward
+from slimfit_fx.graph.nodes import VIEWS, aten, call, is_pointwise, is_tensor
+from slimfit_fx.graph.plan import Plan, SavedTensor
+from slimfit_fx.graph.split import SplitGraph
 
 # Where the derivatives of activation functions lie.
 _RANGES = {"gelu": (-0.1290, 1.1290), "silu": (-0.0999, 1.0999), "mish": (-0.1126, 1.0885)}

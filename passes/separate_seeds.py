@@ -11,9 +11,9 @@ import operator
 import torch
 from torch import fx
 
-from slimfit_fx.graph import call, insertion_behind
-from slimfit_fx.plan import Plan
-from slimfit_fx.split_graph import SplitGraph
+from slimfit_fx.graph.nodes import call, insertion_behind
+from slimfit_fx.graph.plan import Plan
+from slimfit_fx.graph.split import SplitGraph
 
 
 def separate_seeds(split: SplitGraph, _: Plan) -> None:

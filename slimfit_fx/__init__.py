@@ -4,6 +4,12 @@ model = slimfit_fx.transform(model)
 """
 
 from . import codecs as codecs
+from .api import gates as gates
+from .api import graphs as graphs
+from .api import report as report
+from .api import scheduler as scheduler
+from .api import transform as transform
+from .api import undo as undo
 from .config import Config as Config
 from .errors import BackendError as BackendError
 from .errors import BackwardError as BackwardError
@@ -13,21 +19,15 @@ from .errors import SlimFitError as SlimFitError
 from .errors import SlimFitWarning as SlimFitWarning
 from .errors import StateError as StateError
 from .errors import VersionError as VersionError
-from .gates import Gates as Gates
-from .plot import plot_history as plot_history
-from .plot import plot_memory as plot_memory
+from .inspection.plot import plot_history as plot_history
+from .inspection.plot import plot_memory as plot_memory
+from .inspection.report import Report as Report
+from .inspection.verification import Verification as Verification
+from .inspection.verify import verify as verify
+from .model.gate_table import Gates as Gates
 from .policies import POLICIES as POLICIES
-from .report import Report as Report
 from .roles import ROLES as ROLES
-from .scheduler import Choice as Choice
-from .scheduler import Scheduler as Scheduler
-from .transform import gates as gates
-from .transform import graphs as graphs
-from .transform import report as report
-from .transform import scheduler as scheduler
-from .transform import transform as transform
-from .transform import undo as undo
-from .verification import Verification as Verification
-from .verify import verify as verify
+from .scheduling import Choice as Choice
+from .scheduling import Scheduler as Scheduler
 
 __version__ = "0.1.0"

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import fx, nn
 
+from .compiler.dynamo import unwrapped
 from .config import Config
-from .dynamo import unwrapped
 from .errors import BackendError, ConfigError, SlimFitError, StateError
-from .session import Session
-from .transform import session_of, start_session
+from .runtime.registry import session_of, start_session
+from .runtime.session import Session
 
 
 def compile_graph(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .codecs import BitMask, Codec, Derivative, FixedPoint, Quantize, Recompute, TopK, WhenFrozen
-from .paths import joined, matches
+from .module_paths import joined, matches
 from .roles import EXACT, MASK
 
 

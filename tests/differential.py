@@ -23,7 +23,7 @@ from helpers import gradients as gradients_of
 from torch import Tensor, nn
 
 import slimfit_fx
-from slimfit_fx.gradient_error import NEGLIGIBLE, TOLERANCES, gradient_errors, whole_norm
+from slimfit_fx.inspection.gradient_difference import NEGLIGIBLE, TOLERANCES, gradient_errors, whole_norm
 
 PRESETS = tuple(TOLERANCES)
 Gradients = Mapping[str, Tensor | None]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import slimfit_fx
 from slimfit_fx import Config
-from slimfit_fx.handed_over import handed_over as bytes_handed_over
-from slimfit_fx.plain import interpreter
-from slimfit_fx.regions import find_regions
-from slimfit_fx.transform import session_of
+from slimfit_fx.inspection.handed_over import handed_over as bytes_handed_over
+from slimfit_fx.inspection.plain import interpreter
+from slimfit_fx.model.regions import find_regions
+from slimfit_fx.runtime.registry import session_of
 
 
 def reference(model: nn.Module, mode: str = "eager", regions: str = "model") -> nn.Module:

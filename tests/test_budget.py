@@ -13,8 +13,8 @@ from torch import nn
 
 import slimfit_fx
 from slimfit_fx import ConfigError
-from slimfit_fx.plan import Plan, SavedTensor
-from slimfit_fx.scheduler.budget import choose_open, find_items, knapsack
+from slimfit_fx.graph.plan import Plan, SavedTensor
+from slimfit_fx.scheduling.budget import choose_open, find_items, knapsack
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 100)), max_size=9), st.integers(0, 60), st.integers(1, 99))

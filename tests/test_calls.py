@@ -13,7 +13,7 @@ from torch import nn
 
 import slimfit_fx
 from slimfit_fx import SlimFitWarning, StateError
-from slimfit_fx.transform import session_of
+from slimfit_fx.runtime.registry import session_of
 
 
 def test_a_report_after_an_evaluation_is_of_the_last_training_forward():

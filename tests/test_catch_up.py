@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import slimfit_fx
-from slimfit_fx.scheduler.catch_up import catch_up_factor, fade_momentum, lengthen
+from slimfit_fx.scheduling.catch_up import catch_up_factor, fade_momentum, lengthen
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),

@@ -10,7 +10,7 @@ from helpers import transformed
 from torch import nn
 
 import slimfit_fx
-from slimfit_fx.scheduler.closed_states import ClosedStates, state_bytes
+from slimfit_fx.scheduling.closed_states import ClosedStates, state_bytes
 
 NEAR, FAR = torch.device("meta"), torch.device("cpu")
 

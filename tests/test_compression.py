@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from programs import Program, programs
 from slimfit_fx.passes.compress import trace
-from slimfit_fx.passes.make_plan import module_of
 from torch import nn
 
 import slimfit_fx
 from slimfit_fx.codecs import BitMask, Derivative, FixedPoint, Float8, Quantize, Recompute, TopK, TopOfBlock, WhenFrozen
 from slimfit_fx.errors import ConfigError, ModelError
+from slimfit_fx.graph.nodes import module_of
 from slimfit_fx.presets import PRESETS
-from slimfit_fx.transform import session_of
+from slimfit_fx.runtime.registry import session_of
 
 aten, ops = torch.ops.aten, torch.ops.slimfit_fx
 EVERYTHING = {role: Quantize(8, 32) for role in slimfit_fx.ROLES if role not in ("dropout mask", "indices")}

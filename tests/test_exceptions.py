@@ -8,7 +8,7 @@ from helpers import no_recompile, run, transformed
 from small_net import Net, X, check_gates
 
 import slimfit_fx
-from slimfit_fx.transform import session_of
+from slimfit_fx.runtime.registry import session_of
 
 
 class Stop(BaseException):

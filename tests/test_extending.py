@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import slimfit_fx
-from slimfit_fx import backend
+from slimfit_fx.compiler import backend
 
 TEXT = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
 CODEC, POLICY, PASS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import transformed
-from slimfit_fx.passes.find_rows import Rows, find_rows
 from torch import Tensor, nn
 
-from slimfit_fx.transform import session_of
+from slimfit_fx.analysis.find_rows import Rows, find_rows
+from slimfit_fx.runtime.registry import session_of
 
 
 class Net(nn.Module):

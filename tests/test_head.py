@@ -13,7 +13,7 @@ from torch import nn
 
 import slimfit_fx
 from slimfit_fx import Config, SlimFitWarning
-from slimfit_fx.layers import find_layers
+from slimfit_fx.model.layers import find_layers
 
 TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 

@@ -15,7 +15,7 @@ import transformers
 from helpers import gated_parameters, handed_over, no_recompile, reference, run, transformed
 
 import slimfit_fx
-from slimfit_fx.gradient_error import gradient_errors
+from slimfit_fx.inspection.gradient_difference import gradient_errors
 
 pytestmark = pytest.mark.inductor
 

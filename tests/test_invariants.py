@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from programs import Program, programs
 
 import slimfit_fx
-from slimfit_fx.graph import base_of, storage_of
-from slimfit_fx.transform import session_of
+from slimfit_fx.graph.nodes import base_of, storage_of
+from slimfit_fx.runtime.registry import session_of
 
 ops = torch.ops.slimfit_fx
 
@@ -163,7 +163,7 @@ def test_a_closed_layer_multiplies_nothing(program: Program, data):
     choose_gates(data, slim)
     outputs = slim(**inputs)
     expected = sum(g.conditional and gates.table[g.gate].item() for g in gated)
-    with mock.patch("slimfit_fx.ops.torch.mm", wraps=torch.mm) as products:
+    with mock.patch("slimfit_fx.graph.gate_ops.torch.mm", wraps=torch.mm) as products:
         loss_of(outputs).backward()
     assert products.call_count == expected
 

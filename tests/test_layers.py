@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 
 from slimfit_fx import Config, ConfigError, ModelError
-from slimfit_fx.layers import find_head, find_layers
+from slimfit_fx.model.layers import find_head, find_layers
 
 TINY = dict(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
 

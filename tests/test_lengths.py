@@ -14,8 +14,8 @@ from helpers import gradients, loss_of, no_recompile, reference, transformed
 from torch import Tensor, nn
 
 import slimfit_fx
-from slimfit_fx.gradient_error import TOLERANCES
-from slimfit_fx.transform import session_of
+from slimfit_fx.inspection.gradient_difference import TOLERANCES
+from slimfit_fx.runtime.registry import session_of
 
 LENGTHS = (9, 11, 8, 7, 16, 3, 64, 5)
 BATCHES = (3, 5, 2, 8, 7, 16, 4)

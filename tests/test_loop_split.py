@@ -7,7 +7,7 @@ import torch
 from helpers import transformed
 from torch import nn
 
-from slimfit_fx import loop_split
+from slimfit_fx.compiler.inductor_fixes import loop_split
 
 pytestmark = pytest.mark.inductor
 

@@ -10,7 +10,7 @@ from differential import compared
 from helpers import gated_parameters, given_to_regions, handed_over, no_recompile, reference, run, tensors, transformed
 
 import slimfit_fx
-from slimfit_fx.transform import session_of
+from slimfit_fx.runtime.registry import session_of
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 TIMM = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import transformed
-from slimfit_fx.passes.mutated_inputs import mutated_inputs
 from torch import Tensor, nn
 
 import slimfit_fx
+from slimfit_fx.analysis.mutated_inputs import mutated_inputs
 
 TOLERANCE = {"exact": 1e-5, "balanced": 0.02, "tight": 0.2, "paper": 0.2}
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimfit_fx import ops
+from slimfit_fx.graph import gate_ops
 
 layers = st.lists(st.integers(0, 3), min_size=1, max_size=4)
 tables = st.lists(st.booleans(), min_size=4, max_size=4).map(torch.tensor)
@@ -49,7 +49,7 @@ def test_schemas_and_fake_kernels_agree_with_the_kernels():
 
 
 def test_the_kernels_are_plain_functions():
-    assert ops.keep(torch.ones(2, 2), torch.tensor([False]), [0]).shape == (0, 2)
+    assert gate_ops.keep(torch.ones(2, 2), torch.tensor([False]), [0]).shape == (0, 2)
 
 
 def test_embedding_gradient_sums_rows_where_the_mask_is():
@@ -58,9 +58,9 @@ def test_embedding_gradient_sums_rows_where_the_mask_is():
     gates = torch.tensor([True, False])
     arguments = (rows, indices, mask, 3, gates)
     expected = [[2.0, 3.0], [4.0, 6.0], [0.0, 0.0]]
-    assert ops.embedding_gradient(*arguments, 0, torch.float32).tolist() == expected
-    assert ops.embedding_gradient(*arguments, 1, torch.bfloat16).shape == (0, 2)
-    assert ops.embedding_gradient(*arguments, 1, torch.bfloat16).dtype is torch.bfloat16
+    assert gate_ops.embedding_gradient(*arguments, 0, torch.float32).tolist() == expected
+    assert gate_ops.embedding_gradient(*arguments, 1, torch.bfloat16).shape == (0, 2)
+    assert gate_ops.embedding_gradient(*arguments, 1, torch.bfloat16).dtype is torch.bfloat16
 
 
 class Recorded(TorchDispatchMode):
@@ -82,12 +82,12 @@ COLUMNS = ROWS.t().contiguous()
 @pytest.mark.parametrize(
     ("work", "call"),
     [
-        ("clone", lambda gates, gate: ops.keep(ROWS, gates, [gate])),
-        ("clone", lambda gates, gate: ops.pass_gradient(ROWS, gates, gate)),
-        ("mm", lambda gates, gate: ops.weight_gradient(COLUMNS, ROWS, gates, gate, torch.float32)),
+        ("clone", lambda gates, gate: gate_ops.keep(ROWS, gates, [gate])),
+        ("clone", lambda gates, gate: gate_ops.pass_gradient(ROWS, gates, gate)),
+        ("mm", lambda gates, gate: gate_ops.weight_gradient(COLUMNS, ROWS, gates, gate, torch.float32)),
         (
             "index_put_",
-            lambda gates, gate: ops.embedding_gradient(ROWS, INDICES, MASK, 9, gates, gate, torch.float32),
+            lambda gates, gate: gate_ops.embedding_gradient(ROWS, INDICES, MASK, 9, gates, gate, torch.float32),
         ),
     ],
     ids=["keep", "pass_gradient", "weight_gradient", "embedding_gradient"],

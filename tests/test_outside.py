@@ -12,7 +12,7 @@ from torch import nn
 
 import slimfit_fx
 from slimfit_fx import BackendError, SlimFitWarning
-from slimfit_fx.transform import session_of
+from slimfit_fx.runtime.registry import session_of
 
 
 class Experts(nn.Module):

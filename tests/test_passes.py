@@ -11,7 +11,7 @@ from slimfit_fx.passes import expose_gates
 from torch import nn
 
 import slimfit_fx
-from slimfit_fx.transform import session_of
+from slimfit_fx.runtime.registry import session_of
 
 ops = torch.ops.slimfit_fx
 

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import slimfit_fx
 from slimfit_fx import Config
 from slimfit_fx.codecs import Quantize
-from slimfit_fx.regions import find_regions
-from slimfit_fx.transform import session_of
+from slimfit_fx.model.regions import find_regions
+from slimfit_fx.runtime.registry import session_of
 
 SMALL = dict(hidden_size=32, num_attention_heads=2, intermediate_size=64)
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import slimfit_fx
-from slimfit_fx.layers import Layer
-from slimfit_fx.plan import GatedGradient, Plan, SavedTensor
-from slimfit_fx.report import Report
+from slimfit_fx.graph.plan import GatedGradient, Plan, SavedTensor
+from slimfit_fx.inspection.report import Report
+from slimfit_fx.model.layers import Layer
 
 
 @pytest.fixture

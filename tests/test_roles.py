@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import slimfit_fx
 from slimfit_fx.presets import PRESETS
-from slimfit_fx.transform import session_of
+from slimfit_fx.runtime.registry import session_of
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ from helpers import handed_over, loss_of, reference, run, transformed
 from torch import Tensor, nn
 
 import slimfit_fx
-from slimfit_fx.gradient_error import gradient_errors
+from slimfit_fx.inspection.gradient_difference import gradient_errors
 
 WIDTHS = (32, 36, 96, 144, 160)
 

@@ -14,12 +14,12 @@ from torch import nn
 
 import slimfit_fx
 from slimfit_fx import Config, StateError
-from slimfit_fx.gates import Gates
-from slimfit_fx.layers import find_layers
+from slimfit_fx.model.gate_table import Gates
+from slimfit_fx.model.layers import find_layers
 from slimfit_fx.policies import POLICIES, held_open, select
-from slimfit_fx.scheduler import Scheduler
-from slimfit_fx.scheduler.rate import freeze_rate_at
-from slimfit_fx.scheduler.statistics import measure_gains, measure_gradients, measure_updates, relative_updates, sample
+from slimfit_fx.scheduling import Scheduler
+from slimfit_fx.scheduling.rate import freeze_rate_at
+from slimfit_fx.scheduling.statistics import measure_gains, measure_gradients, measure_updates, relative_updates, sample
 
 
 def small_model(width: int = 4, depth: int = 5) -> nn.Module:

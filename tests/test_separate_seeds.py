@@ -14,8 +14,8 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import slimfit_fx
-from slimfit_fx.plan import Plan
-from slimfit_fx.split_graph import SplitGraph
+from slimfit_fx.graph.plan import Plan
+from slimfit_fx.graph.split import SplitGraph
 
 prims, ops = torch.ops.prims, torch.ops.slimfit_fx
 

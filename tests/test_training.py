@@ -13,8 +13,8 @@ from helpers import no_recompile
 from torch import nn
 
 import slimfit_fx
-from slimfit_fx.session import Session
-from slimfit_fx.transform import session_of
+from slimfit_fx.runtime.registry import session_of
+from slimfit_fx.runtime.session import Session
 
 WIDTH = 8
 

@@ -12,16 +12,9 @@ from helpers import handed_over, run
 from torch import nn
 
 import slimfit_fx
-from slimfit_fx import (
-    BackendError,
-    BackwardError,
-    ConfigError,
-    ModelError,
-    SlimFitError,
-    StateError,
-    VersionError,
-)
-from slimfit_fx.transform import _check_version, session_of
+from slimfit_fx import BackendError, BackwardError, ConfigError, ModelError, SlimFitError, StateError, VersionError
+from slimfit_fx.api import _check_version
+from slimfit_fx.runtime.registry import session_of
 
 
 @pytest.fixture
@@ -114,7 +107,7 @@ def test_a_failing_backend_is_an_error_not_an_eager_run(model, monkeypatch):
     def broken(*_, **__):
         raise torch._subclasses.fake_tensor.DynamicOutputShapeException("test")
 
-    monkeypatch.setattr("slimfit_fx.backend.make_plan", broken)
+    monkeypatch.setattr("slimfit_fx.compiler.backend.make_plan", broken)
     slimfit_fx.transform(model, mode="eager")
     with pytest.raises(BackendError, match="slimfit_fx could not compile a graph of .* nodes in the pass broken"):
         step(model)

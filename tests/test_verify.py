@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import slimfit_fx
 from slimfit_fx import ModelError, StateError
-from slimfit_fx.gradient_error import TOLERANCES
+from slimfit_fx.inspection.gradient_difference import TOLERANCES
 from slimfit_fx.presets import PRESETS
-from slimfit_fx.transform import session_of
+from slimfit_fx.runtime.registry import session_of
 
 
 class Classifier(nn.Module):
@@ -213,7 +213,7 @@ def test_every_preset_has_a_tolerance():
 
 def spoiled(monkeypatch, change) -> slimfit_fx.Verification:
     """What is said when `change(gradients)` happens to what the compiled backward returns."""
-    import slimfit_fx.backend
+    import slimfit_fx.compiler.backend
 
     def drop_closed(backward, capture):
         def run(arguments):
@@ -223,8 +223,8 @@ def spoiled(monkeypatch, change) -> slimfit_fx.Verification:
         run._boxed_call = True
         return run
 
-    untouched = slimfit_fx.backend._drop_closed
-    monkeypatch.setattr(slimfit_fx.backend, "_drop_closed", drop_closed)
+    untouched = slimfit_fx.compiler.backend._drop_closed
+    monkeypatch.setattr(slimfit_fx.compiler.backend, "_drop_closed", drop_closed)
     torch.manual_seed(0)
     found = slimfit_fx.verify(Classifier(), batch(), mode="eager")
     assert not found.ok
@@ -266,15 +266,17 @@ def test_a_gradient_of_a_closed_layer_is_seen(monkeypatch):
 
 
 def test_a_wrong_forward_and_wrong_bytes_are_seen(monkeypatch):
-    import slimfit_fx.runs
+    import slimfit_fx.inspection.runs
 
     torch.manual_seed(0)
     model = Classifier()
-    call = slimfit_fx.runs.Watched._run
+    call = slimfit_fx.inspection.runs.Watched._run
     monkeypatch.setattr(
-        slimfit_fx.runs.Watched, "_run", lambda self, *a: [x * (1 + 1e-6) if x.dim() else x for x in call(self, *a)]
+        slimfit_fx.inspection.runs.Watched,
+        "_run",
+        lambda self, *a: [x * (1 + 1e-6) if x.dim() else x for x in call(self, *a)],
     )
-    monkeypatch.setattr(slimfit_fx.runs, "handed_over", lambda *_: 1)
+    monkeypatch.setattr(slimfit_fx.inspection.runs, "handed_over", lambda *_: 1)
     found = slimfit_fx.verify(model, batch(), mode="eager")
     assert any("the outputs with all gates open are" in fault for fault in found.faults)
     assert any("1 bytes are handed to the backward, the report says" in fault for fault in found.faults)

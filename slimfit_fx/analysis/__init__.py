@@ -1,0 +1,1 @@
+"""What the dataflow of a graph says: roles, rows, how errors grow."""

@@ -1,0 +1,30 @@
+"""One captured graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from slimfit_fx.graph.plan import Plan
+from slimfit_fx.graph.split import SplitGraph
+
+
+@dataclass(eq=False)
+class Capture:
+    """One captured graph: what is gated in it, and what the passes made of it.
+
+    Attributes:
+        gated: positions of the gated parameters among the inputs of the captured graph, each with a gate of its own.
+        activations: positions of inputs that an earlier graph of the same forward made (after a graph break).
+        retainable: whether `backward(retain_graph=True)` works; otherwise the backward reuses the memory of saved
+            tensors ("donated buffers").
+        ran: whether it was called.
+        split: the rewritten pair; None until the first training call compiled it.
+        plan: of `split`.
+    """
+
+    gated: tuple[int, ...]
+    activations: frozenset[int] = frozenset()
+    retainable: bool = False
+    ran: bool = False
+    split: SplitGraph | None = None
+    plan: Plan = field(default_factory=Plan)

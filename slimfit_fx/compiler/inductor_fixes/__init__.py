@@ -1,0 +1,1 @@
+"""Corrections of Inductor that hold while our graphs are compiled."""

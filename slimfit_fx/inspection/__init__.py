@@ -1,0 +1,1 @@
+"""What can be asked of a transformed model: report, verification, pictures."""

@@ -1,0 +1,1 @@
+"""What there is in a model to freeze, and what of it is captured."""

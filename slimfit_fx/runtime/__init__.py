@@ -1,0 +1,1 @@
+"""What happens when a transformed model is called and differentiated."""
