@@ -138,7 +138,7 @@ class _Encoded:
         options = ("decode", self.codec, self.shape, self.row_shape, self.dtype, self.inverse, self.expanded)
         traced = self.traces.get_or_trace(function, values, *options)
         with split.insertion():
-            (restored,) = _splice(split.backward.graph, traced, arguments, self.taken, split.late)
+            (restored,) = _splice(split.backward.graph, traced, arguments, self.taken, split.deferred)
         return restored
 
 

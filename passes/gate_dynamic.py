@@ -6,7 +6,7 @@ the gates say, and saves just those: a normalised activation, say, and not its a
 A linear layer's weight gradient is one matrix product, in whatever form the layer was called: 2-D or 3-D, with and
 without bias, under autocast, with dynamic shapes. It becomes
 
-    forward:   kept = keep(x, gates, needed_by)                     x [n, k], or [0, k] when all its layers are closed
+    forward:   kept = save_if_open(x, gates, needed_by)             x [n, k], or [0, k] when all its layers are closed
     backward:  weight_gradient(gradient, kept, gates, gate)         [m, k], or [0, k] when the layer is closed
 
 where one `kept` serves all layers that x feeds. If the backward reads x for another reason (attention's backward reads
@@ -111,7 +111,7 @@ def _keep_activations(
     matches: list[_LinearGradient],
     backward: set[fx.Node],
 ) -> dict[fx.Node, fx.Node]:
-    """Inserts one `keep` for every activation that only matched products read in the backward."""
+    """Inserts one `save_if_open` for every activation that only matched products read in the backward."""
     products = {match.product for match in matches}
     gates_of: dict[fx.Node, set[int]] = {}
     for match in matches:
@@ -127,7 +127,7 @@ def _keep_activations(
         if other or given or must_recompute(base):
             continue
         kept[activation] = joint.insert(
-            _ops.keep.default,
+            _ops.save_if_open.default,
             (activation, gates, sorted(needed_by)),
             before=next_of(activation),
             origin=activation,

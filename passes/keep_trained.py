@@ -1,8 +1,8 @@
 """Keeps a normalised input whole for the steps at which its norm trains (SlimFit, section 4).
 
 A norm's weight gradient is a sum over its input times a gradient: what was pruned is missing there. Where a row's
-codec is `WhenFrozen`, the input is handed over a second time, by a `keep` with the norm's gate. The backward reads that
-one if it has rows.
+choice is `WhenFrozen`, the input is handed over a second time, by a `save_if_open` with the norm's gate. The backward
+reads that one if it has rows.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def _gate_of(total: fx.Node) -> int | None:
 def _keep_beside(split: SplitGraph, plan: Plan, row: SavedTensor, produced: fx.Node, taken: fx.Node, gate: int) -> None:
     graph = split.forward.graph
     with insertion_behind(produced):
-        kept = call(graph, _ops.keep.default, (produced, split.gates, [gate]), produced)
+        kept = call(graph, _ops.save_if_open.default, (produced, split.gates, [gate]), produced)
 
-    def prefer(placeholders: list[fx.Node]) -> fx.Node:
+    def kept_or(placeholders: list[fx.Node]) -> fx.Node:
         static, whole = placeholders
         row.name = static.name
         rows = hint(produced.meta["val"].shape[0])
@@ -69,8 +69,8 @@ def _keep_beside(split: SplitGraph, plan: Plan, row: SavedTensor, produced: fx.N
         again.store(bytes_of(kept, rows))
         plan.saved.insert(plan.saved.index(row) + 1, again)
         with split.insertion():
-            node = call(split.backward.graph, _ops.prefer.default, (whole, static), taken)
-        split.late.add(node)
+            node = call(split.backward.graph, _ops.kept_or.default, (whole, static), taken)
+        split.deferred.add(node)
         return node
 
-    split.replace_saved(taken, [produced, kept], prefer)
+    split.replace_saved(taken, [produced, kept], kept_or)

@@ -94,7 +94,7 @@ class _Step:
 
     @property
     def keeps(self) -> bool:
-        return self.node.target is _ops.keep.default
+        return self.node.target is _ops.save_if_open.default
 
 
 class _Recipes:
@@ -192,7 +192,7 @@ class _Recipes:
             return there[step.sources[0]]
         else:
             copy = graph.node_copy(step.node, there.__getitem__)
-        self.split.late.add(copy)
+        self.split.deferred.add(copy)
         return copy
 
 
@@ -206,7 +206,7 @@ def _error(steps: list[_Step], wanted: fx.Node, rounded: Collection[fx.Node]) ->
 
 
 def _kept_inputs(split: SplitGraph, plan: Plan, activations: Collection[fx.Node]) -> dict[fx.Node, SavedTensor]:
-    """Those of `activations` that a `keep` hands over, with its row."""
+    """Those of `activations` that a `save_if_open` hands over, with its row."""
     found = {}
     for produced, taken in split.saved():
         kept = keep_of(produced)

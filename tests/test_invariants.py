@@ -132,8 +132,8 @@ def test_no_activation_is_saved_beside_its_kept_copy(program: Program):
     slim(**inputs)
     forward, _ = slimfit_fx.graphs(slim)[0]
     results = [node for node in forward.graph.find_nodes(op="output")[0].args[0] if isinstance(node, torch.fx.Node)]
-    storages = [storage_of(node) for node in results[1:] if base_of(node).target is not ops.keep.default]
-    for node in forward.graph.find_nodes(op="call_function", target=ops.keep.default):
+    storages = [storage_of(node) for node in results[1:] if base_of(node).target is not ops.save_if_open.default]
+    for node in forward.graph.find_nodes(op="call_function", target=ops.save_if_open.default):
         assert storage_of(node.args[0]) not in storages
 
 

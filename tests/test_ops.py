@@ -16,7 +16,7 @@ tables = st.lists(st.booleans(), min_size=4, max_size=4).map(torch.tensor)
 @given(tables, layers, st.sampled_from([torch.float32, torch.bfloat16, torch.bool]))
 def test_keep(gates, needed_by, dtype):
     x = torch.randn(5, 2, 3).transpose(1, 2).to(dtype)
-    kept = torch.ops.slimfit_fx.keep(x, gates, needed_by)
+    kept = torch.ops.slimfit_fx.save_if_open(x, gates, needed_by)
     if any(gates[layer] for layer in needed_by):
         assert torch.equal(kept, x)
         assert kept.data_ptr() != x.data_ptr()
@@ -42,14 +42,14 @@ def test_schemas_and_fake_kernels_agree_with_the_kernels():
     x = torch.randn(4, 3)
     tests = ("test_schema", "test_faketensor")
     for layer in (0, 1):
-        opcheck(torch.ops.slimfit_fx.keep.default, (x, gates, [layer]), test_utils=tests)
+        opcheck(torch.ops.slimfit_fx.save_if_open.default, (x, gates, [layer]), test_utils=tests)
         opcheck(torch.ops.slimfit_fx.pass_gradient.default, (x, gates, layer), test_utils=tests)
         arguments = (x.t(), x, gates, layer, torch.bfloat16)
         opcheck(torch.ops.slimfit_fx.weight_gradient.default, arguments, test_utils=tests)
 
 
 def test_the_kernels_are_plain_functions():
-    assert gate_ops.keep(torch.ones(2, 2), torch.tensor([False]), [0]).shape == (0, 2)
+    assert gate_ops.save_if_open(torch.ones(2, 2), torch.tensor([False]), [0]).shape == (0, 2)
 
 
 def test_embedding_gradient_sums_rows_where_the_mask_is():
@@ -82,7 +82,7 @@ COLUMNS = ROWS.t().contiguous()
 @pytest.mark.parametrize(
     ("work", "call"),
     [
-        ("clone", lambda gates, gate: gate_ops.keep(ROWS, gates, [gate])),
+        ("clone", lambda gates, gate: gate_ops.save_if_open(ROWS, gates, [gate])),
         ("clone", lambda gates, gate: gate_ops.pass_gradient(ROWS, gates, gate)),
         ("mm", lambda gates, gate: gate_ops.weight_gradient(COLUMNS, ROWS, gates, gate, torch.float32)),
         (
@@ -90,7 +90,7 @@ COLUMNS = ROWS.t().contiguous()
             lambda gates, gate: gate_ops.embedding_gradient(ROWS, INDICES, MASK, 9, gates, gate, torch.float32),
         ),
     ],
-    ids=["keep", "pass_gradient", "weight_gradient", "embedding_gradient"],
+    ids=["save_if_open", "pass_gradient", "weight_gradient", "embedding_gradient"],
 )
 def test_a_closed_gate_costs_nothing(work, call):
     """No memory for a result that is dropped, no multiplication and no sum: nothing but a look at the gate."""

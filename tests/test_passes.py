@@ -28,7 +28,7 @@ def graphs(model: nn.Module, x: torch.Tensor):
 
 def kept_layers(forward) -> list[list[int]]:
     """Gates are numbered as the graph's inputs."""
-    return [list(node.args[2]) for node in forward.graph.nodes if node.target is ops.keep.default]
+    return [list(node.args[2]) for node in forward.graph.nodes if node.target is ops.save_if_open.default]
 
 
 class Attention(nn.Module):
@@ -109,7 +109,7 @@ def test_nothing_gated_in_a_graph():
     slimfit_fx.transform(model, mode="eager", preset="exact", never_gate="^0", always_open=())
     model(torch.randn(2, 4))
     forward, backward = slimfit_fx.graphs(model)[0]
-    assert count_calls(forward, ops.keep.default) == 1
+    assert count_calls(forward, ops.save_if_open.default) == 1
     assert count_calls(backward, ops.weight_gradient.default) == 1
 
 

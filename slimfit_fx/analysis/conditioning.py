@@ -57,7 +57,7 @@ _LINEAR = frozenset(
         *("_scaled_dot_product_flash_attention_for_cpu_backward", "_scaled_dot_product_flash_attention_backward"),
         *("_scaled_dot_product_efficient_attention_backward", "_scaled_dot_product_cudnn_attention_backward"),
         *("_scaled_dot_product_fused_attention_overrideable_backward", "_scaled_dot_product_attention_math"),
-        *("keep", "prefer", "weight_gradient", "embedding_gradient", "pass_gradient"),
+        *("save_if_open", "kept_or", "weight_gradient", "embedding_gradient", "pass_gradient"),
     }
 )
 # Of these only the shape of an argument is read.

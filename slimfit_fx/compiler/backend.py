@@ -90,7 +90,7 @@ class _Partitioner(CustomPartitionerFn):
         plan = self.run(make_plan, split, gradients, self.rules)
         for split_pass in SPLIT_PASSES:
             self.run(split_pass, split, plan)
-        self.run(split.finish)
+        self.run(split.finalize)
         self.capture.plan = plan
         self.capture.split = split
         return split.forward, split.backward

@@ -39,26 +39,26 @@ def _unknown_size() -> torch.SymInt:
     return size
 
 
-@_define("keep(Tensor x, Tensor gates, int[] needed_by) -> Tensor")
-def keep(x: Tensor, gates: Tensor, needed_by: list[int]) -> Tensor:
+@_define("save_if_open(Tensor x, Tensor gates, int[] needed_by) -> Tensor")
+def save_if_open(x: Tensor, gates: Tensor, needed_by: list[int]) -> Tensor:
     """A copy of x [n, ...] for the backward if a gate of `needed_by` is open, else [0, ...] of x's dtype and device."""
     if any(gates[gate] for gate in needed_by):
         return x.clone(memory_format=torch.contiguous_format)
     return x.new_empty((0, *x.shape[1:]))
 
 
-@_fake("keep")
+@_fake("save_if_open")
 def _(x: Tensor, gates: Tensor, needed_by: list[int]) -> Tensor:
     return x.new_empty((_unknown_size(), *x.shape[1:]))
 
 
-@_define("prefer(Tensor kept, Tensor otherwise) -> Tensor")
-def prefer(kept: Tensor, otherwise: Tensor) -> Tensor:
+@_define("kept_or(Tensor kept, Tensor otherwise) -> Tensor")
+def kept_or(kept: Tensor, otherwise: Tensor) -> Tensor:
     """A copy of kept [n, ...] if a gate was open and it has rows, else of otherwise [n, ...], contiguous."""
     return (kept if kept.shape[0] else otherwise).clone(memory_format=torch.contiguous_format)
 
 
-@_fake("prefer")
+@_fake("kept_or")
 def _(kept: Tensor, otherwise: Tensor) -> Tensor:
     return torch.empty_like(otherwise, memory_format=torch.contiguous_format)
 
@@ -100,7 +100,7 @@ def _(rows: Tensor, indices: Tensor, mask: Tensor, count: int, gates: Tensor, ga
 @_define("pass_gradient(Tensor gradient, Tensor gates, int gate) -> Tensor")
 def pass_gradient(gradient: Tensor, gates: Tensor, gate: int) -> Tensor:
     """A copy of a gradient [n, ...] that was computed whatever the gates say if `gate` is open, else [0, ...]."""
-    return keep(gradient, gates, [gate])
+    return save_if_open(gradient, gates, [gate])
 
 
 @_fake("pass_gradient")

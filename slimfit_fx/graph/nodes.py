@@ -131,9 +131,9 @@ def base_of(node: fx.Node) -> fx.Node:
 
 
 def keep_of(node: fx.Node) -> fx.Node | None:
-    """The `keep` that hands over the tensor which `node` is a view of, or is; None if the gates do not matter to it."""
+    """The `save_if_open` that hands over the tensor of which `node` is a view; None if no gate matters to it."""
     base = base_of(node)
-    return base if base.target is torch.ops.slimfit_fx.keep.default else None
+    return base if base.target is torch.ops.slimfit_fx.save_if_open.default else None
 
 
 def readers(node: fx.Node) -> Iterator[fx.Node]:

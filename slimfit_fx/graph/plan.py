@@ -88,7 +88,7 @@ class GatedGradient:
 class Plan:
     """All saved tensors of one captured graph, in the order in which they are handed over, and its gated gradients.
 
-    Gates are numbered as in the graph, one for each gated input; `placed` numbers them as in the model's gate table.
+    Gates are numbered as in the graph, one for each gated input; `in_model` numbers them as in the model's gate table.
     """
 
     saved: list[SavedTensor] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Plan:
         """The tensor that both graphs call `name`; None for an input that a pass added to what is saved."""
         return next((tensor for tensor in self.saved if tensor.name == name), None)
 
-    def placed(self, layers: Sequence[int | None], path: str) -> Plan:
+    def in_model(self, layers: Sequence[int | None], path: str) -> Plan:
         """The plan of one run of the graph, in terms of the model.
 
         Args:

@@ -4,7 +4,7 @@
     backward:  saved sizes, saved tensors, tangents       -> gradients
 
 Passes change what is saved with `replace_saved` and `save`; where a node of the backward runs is settled at the end,
-by `finish`: directly before its first reader, so that decoded tensors are not alive together.
+by `finalize`: directly before its first reader, so that decoded tensors are not alive together.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class SplitGraph:
 
     Attributes:
         activations: positions of inputs that only what is saved keeps alive, as in the joint graph.
-        late: nodes of the backward that `finish` moves to their first reader.
+        deferred: nodes of the backward that `finalize` moves to their first reader.
     """
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     num_outputs: int
     activations: frozenset[int] = frozenset()
-    late: set[fx.Node] = field(default_factory=set)
+    deferred: set[fx.Node] = field(default_factory=set)
 
     def inputs(self) -> dict[InputKey, fx.Node]:
         """The forward's inputs, parameters included: see `inputs_of`."""
@@ -87,14 +87,14 @@ class SplitGraph:
         self.backward.graph.erase_node(taken)
 
     def insertion(self) -> Any:
-        """Where nodes of the backward are added, before anything that could read them; see `late`."""
+        """Where nodes of the backward are added, before anything that could read them; see `deferred`."""
         first = next(node for node in self.backward.graph.nodes if node.op != "placeholder")
         return self.backward.graph.inserting_before(first)
 
-    def finish(self) -> None:
-        """Settles where late nodes run, removes what nobody reads, and checks both graphs."""
+    def finalize(self) -> None:
+        """Settles where deferred nodes run, removes what nobody reads, and checks both graphs."""
         graph = self.backward.graph
-        waiting = set(self.late)
+        waiting = set(self.deferred)
 
         def settle(node: fx.Node, reader: fx.Node) -> None:
             for argument in node.all_input_nodes:
@@ -104,7 +104,7 @@ class SplitGraph:
                     reader.prepend(argument)
 
         for node in list(graph.nodes):
-            if node not in self.late:
+            if node not in self.deferred:
                 settle(node, node)
         for module in (self.forward, self.backward):
             module.graph.eliminate_dead_code()

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from slimfit_fx.codecs import WhenFrozen
 from slimfit_fx.model.layers import Layer
 
-from .gradient_difference import TOLERANCES, GradientError, Tolerance, gradient_errors, negligible, rounding, whole_norm
+from .gradient_difference import (
+    TOLERANCES,
+    GradientDifference,
+    Tolerance,
+    gradient_errors,
+    negligible,
+    rounding,
+    whole_norm,
+)
 from .runs import Run
 from .verification import Verification
 
@@ -76,11 +84,11 @@ class Comparison:
         return {name: index for index, layer in enumerate(self.layers) for name in layer.parameters}
 
     @cached_property
-    def _errors(self) -> dict[str, GradientError]:
+    def _errors(self) -> dict[str, GradientDifference]:
         return _errors(self.opened.gradients, self.plain.gradients)
 
     @cached_property
-    def _half_errors(self) -> dict[str, GradientError]:
+    def _half_errors(self) -> dict[str, GradientDifference]:
         exact = {name: gradient for name, gradient in self.plain.gradients.items() if name not in self._frozen}
         return _errors(self.half.gradients, exact)
 
@@ -175,7 +183,7 @@ def rounding_of(model: nn.Module) -> float:
     return max(map(rounding, dtypes))
 
 
-def _errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, GradientError]:
+def _errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, GradientDifference]:
     """Errors of `found`; what is missing there counts as zeros."""
     return gradient_errors({name: found.get(name, torch.zeros(())) for name in exact}, exact)
 

@@ -14,7 +14,7 @@ NEGLIGIBLE = 1e-4
 
 
 @dataclass(frozen=True)
-class GradientError:
+class GradientDifference:
     """A gradient g against the exact one, e.
 
     Attributes:
@@ -53,7 +53,7 @@ def rounding(dtype: torch.dtype) -> float:
     return max(1e-4, 8 * torch.finfo(dtype).eps)
 
 
-def gradient_errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, GradientError]:
+def gradient_errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, GradientDifference]:
     """The error of every gradient, by parameter name; of all together under `"all"`. Computed in float64."""
     moments = {name: _moments(found[name].double(), exact[name].double()) for name in exact}
     moments["all"] = tuple(map(sum, zip(*moments.values(), strict=True)))
@@ -76,7 +76,7 @@ def _moments(found: Tensor, exact: Tensor) -> tuple[float, ...]:
     return tuple(product.sum().item() for product in products)
 
 
-def _error(dot: float, found: float, exact: float, difference: float) -> GradientError:
+def _error(dot: float, found: float, exact: float, difference: float) -> GradientDifference:
     if not exact:
-        return GradientError(float(not found), float("inf") if found else 0.0)
-    return GradientError(dot / (found * exact) ** 0.5 if found else 0.0, (difference / exact) ** 0.5)
+        return GradientDifference(float(not found), float("inf") if found else 0.0)
+    return GradientDifference(dot / (found * exact) ** 0.5 if found else 0.0, (difference / exact) ** 0.5)

@@ -13,13 +13,13 @@ from slimfit_fx.graph.plan import Plan
 from slimfit_fx.model.regions import find_regions
 from slimfit_fx.runtime.session import Session
 
-from .gradient_difference import GradientError, gradient_errors
+from .gradient_difference import GradientDifference, gradient_errors
 from .sample import call, scalar_loss, untouched
 
 
 def probe(
     model: nn.Module, config: Config, sample: Any, loss: Callable[[Any], Tensor] | None = None
-) -> dict[str, GradientError]:
+) -> dict[str, GradientDifference]:
     """The error of each gradient under `config`'s codecs, by parameter name, and of all together as `"all"`.
 
     Both runs have all gates open and the same random state; the interpreter runs the whole model's graph.

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from slimfit_fx.graph.plan import Plan, SavedTensor
 from slimfit_fx.model.layers import Layer
 
-from .gradient_difference import GradientError
+from .gradient_difference import GradientDifference
 
 # a row's bytes: as it is, stored with all gates open, stored at the present gates
 _BYTES = ("bytes", "bytes_stored", "bytes_now")
@@ -34,7 +34,7 @@ class Report:
     plan: Plan
     layers: Sequence[Layer]
     open_gates: Sequence[bool]
-    gradient_errors: Mapping[str, GradientError] = field(default_factory=dict)
+    gradient_errors: Mapping[str, GradientDifference] = field(default_factory=dict)
     optimizer_bytes: tuple[int, int] = (0, 0)
     outside: Sequence[str] = ()
 

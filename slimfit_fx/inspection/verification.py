@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from .gradient_difference import GradientError, Tolerance
+from .gradient_difference import GradientDifference, Tolerance
 from .report import size_text
 
 _SHOWN = 3  # faults in the last line
@@ -37,7 +37,7 @@ class Verification:
     mode: str
     tolerance: Tolerance
     rows: Sequence[dict[str, Any]]
-    whole: GradientError
+    whole: GradientDifference
     saved_bytes: dict[str, int]
     faults: Sequence[str]
     notes: Sequence[str]

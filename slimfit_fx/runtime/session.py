@@ -49,7 +49,7 @@ class Run:
     @property
     def plan(self) -> Plan:
         """What this call saves, in terms of the model."""
-        return self.capture.plan.placed(self.layers, self.path)
+        return self.capture.plan.in_model(self.layers, self.path)
 
 
 class Session:
