@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
-from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from slimfit_fx.analysis.find_rows import Rows, find_rows
@@ -30,6 +28,7 @@ from slimfit_fx.graph.nodes import (
 )
 from slimfit_fx.graph.plan import Plan, SavedTensor
 from slimfit_fx.graph.split import SplitGraph
+from slimfit_fx.torch_internals import detect_fake_mode, select_decomp_table
 
 
 def compress(split: SplitGraph, plan: Plan) -> None:

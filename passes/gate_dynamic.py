@@ -22,11 +22,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
-from torch._functorch.partitioners import must_recompute
 
 from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.graph.nodes import CONVERSIONS, aten, base_of, dependent_on_gradients, next_of, readers
 from slimfit_fx.graph.plan import GatedGradient
+from slimfit_fx.torch_internals import must_recompute
 
 _ops = torch.ops.slimfit_fx
 _TRANSPOSES = frozenset({aten.permute.default, aten.t.default, aten.transpose.int})

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch._functorch import config as functorch_config
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-
 from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.graph.split import SplitGraph
+from slimfit_fx.torch_internals import functorch_config, min_cut_rematerialization_partition
 
 from .save_old_values import save_old_values
 

@@ -10,12 +10,10 @@ from torch import Tensor, fx, nn
 
 from .config import Config
 from .errors import ModelError, StateError, VersionError
-from .inspection.probe import probe
 from .inspection.report import Report
 from .model.gate_table import Gates
 from .model.layers import check_shapes
 from .model.regions import find_regions
-from .runtime.module_calls import compile_calls, restore_calls
 from .runtime.registry import end_session, original, session_of, start_session, started_session
 from .scheduling import Scheduler
 
@@ -45,7 +43,9 @@ def transform(model: nn.Module, config: Config | None = None, **overrides: Any) 
         StateError: the model, a part of it, or a model around it is transformed or compiled already.
         VersionError: torch is too old.
     """
-    _check_version(torch.__version__)
+    check_version(torch.__version__)
+    from .runtime.module_calls import compile_calls  # with Dynamo and Inductor: `import slimfit_fx` stays cheap
+
     if not isinstance(model, nn.Module):
         raise ModelError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
     if session_of(model) is not None:
@@ -63,6 +63,8 @@ def transform(model: nn.Module, config: Config | None = None, **overrides: Any) 
 
 def undo(model: nn.Module) -> nn.Module:
     """Gives back the untouched model, weights as they are now."""
+    from .runtime.module_calls import restore_calls
+
     session, plain = end_session(model), original(model)
     restore_calls(plain, session)
     return plain
@@ -95,7 +97,11 @@ def report(model: nn.Module, sample: Any = None, loss: Callable[[Any], Tensor] |
     session = started_session(model)
     if not session.active:
         raise StateError("nothing is captured yet: run one training forward of the model, then ask for the report")
-    errors = {} if sample is None else probe(original(model), session.config, sample, loss)
+    errors = {}
+    if sample is not None:
+        from .inspection.probe import probe
+
+        errors = probe(original(model), session.config, sample, loss)
     plan, open_gates = session.plan, session.gates.table.tolist()
     optimizer_bytes, outside = session.scheduler.optimizer_bytes(), session.outside_layers
     return Report(plan, session.layers, open_gates, errors, optimizer_bytes, outside)
@@ -107,7 +113,8 @@ def graphs(model: nn.Module) -> list[tuple[fx.GraphModule, fx.GraphModule]]:
     return [(split.forward, split.backward) for split in splits if split is not None]
 
 
-def _check_version(version: str) -> None:
+def check_version(version: str) -> None:
+    """Raises `VersionError` if torch is too old."""
     found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
     if found < _OLDEST_TORCH:
         oldest = ".".join(map(str, _OLDEST_TORCH))

@@ -20,17 +20,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import fx
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch import config as functorch_config
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomPartitionerFn
-from torch._inductor.decomposition import select_decomp_table
 
 from slimfit_fx.errors import SlimFitError
 from slimfit_fx.graph import gate_ops as gate_ops
 from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.passes import expose_gates, gate_dynamic, make_plan, partition
 from slimfit_fx.presets import CodecRules
+from slimfit_fx.torch_internals import (
+    CustomPartitionerFn,
+    aot_autograd,
+    compile_fx,
+    compile_fx_inner,
+    functorch_config,
+    select_decomp_table,
+)
 
 from .capture import Capture
 from .dynamo import may_run_eagerly, steers_dynamo

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
-from torch._functorch._aot_autograd.descriptors import GradAOTOutput, PlainAOTInput
-from torch._functorch.compile_utils import fx_graph_cse
+
+from slimfit_fx.torch_internals import GradAOTOutput, PlainAOTInput, fx_graph_cse
 
 from .nodes import InputKey, call, gates_of, inputs_of
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch._dynamo.utils import counters
-
 from slimfit_fx.errors import BackendError
+from slimfit_fx.torch_internals import counters
 
 # Categories of Dynamo's statistics: what made it skip a frame, and what it broke a graph at.
 _CATEGORIES = ("unimplemented", "graph_break")

@@ -14,8 +14,9 @@ from typing import Any
 from unittest import mock
 
 import sympy
-from torch._inductor.codegen.cpp import CppScheduling
 from torch.utils._sympy.functions import FloorDiv
+
+from slimfit_fx.torch_internals import CppScheduling
 
 
 @contextmanager

@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from torch._inductor import memory
-from torch._inductor.virtualized import V
+from slimfit_fx.torch_internals import V, inductor_memory
 
 
 @contextmanager
 def true_input_sizes() -> Iterator[None]:
     """Inside, Inductor's estimates count an input of known size as large as it is."""
-    estimated = memory.get_freeable_input_buf
+    estimated = inductor_memory.get_freeable_input_buf
 
     def corrected(*arguments: Any, **options: Any) -> dict[str, Any]:
         buffers = estimated(*arguments, **options)
@@ -29,7 +28,7 @@ def true_input_sizes() -> Iterator[None]:
                 buffer.mpi_buffer.size_free = nbytes
         return buffers
 
-    with mock.patch.object(memory, "get_freeable_input_buf", corrected):
+    with mock.patch.object(inductor_memory, "get_freeable_input_buf", corrected):
         yield
 
 
