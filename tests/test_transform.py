@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import handed_over, run
+from helpers import handed_over, replace_pass, run
 from torch import nn
 
 import slimfit_fx
@@ -107,9 +107,9 @@ def test_a_failing_backend_is_an_error_not_an_eager_run(model, monkeypatch):
     def broken(*_, **__):
         raise torch._subclasses.fake_tensor.DynamicOutputShapeException("test")
 
-    monkeypatch.setattr("slimfit_fx.compiler.backend.make_plan", broken)
+    replace_pass(monkeypatch, "make_plan", broken)
     slimfit_fx.transform(model, mode="eager")
-    with pytest.raises(BackendError, match="slimfit_fx could not compile a graph of .* nodes in the pass broken"):
+    with pytest.raises(BackendError, match="slimfit_fx could not compile a graph of .* nodes in the pass make_plan"):
         step(model)
 
 

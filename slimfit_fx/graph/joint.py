@@ -23,6 +23,7 @@ class JointGraph:
     """The joint forward and backward graph, before it is partitioned.
 
     Attributes:
+        gated: positions of the inputs that have a gate, in the order of the gates.
         activations: positions of inputs that an earlier graph of the same forward made (after a graph break): only what
             this graph saves of them keeps them alive.
         extra_outputs: how many nodes are kept for the backward, so far.
@@ -30,14 +31,21 @@ class JointGraph:
 
     module: fx.GraphModule
     num_outputs: int
+    gated: tuple[int, ...] = ()
     activations: frozenset[int] = frozenset()
     extra_outputs: int = 0
 
     @classmethod
-    def copy_of(cls, module: fx.GraphModule, num_outputs: int, activations: frozenset[int] = frozenset()) -> JointGraph:
+    def copy_of(
+        cls,
+        module: fx.GraphModule,
+        num_outputs: int,
+        gated: tuple[int, ...] = (),
+        activations: frozenset[int] = frozenset(),
+    ) -> JointGraph:
         """A copy to rewrite, in which equal computations are one node: one view of an activation, for instance,
         instead of one for each layer that reads it."""
-        return cls(fx.GraphModule(module, fx_graph_cse(module.graph)), num_outputs, activations)
+        return cls(fx.GraphModule(module, fx_graph_cse(module.graph)), num_outputs, gated, activations)
 
     @property
     def graph(self) -> fx.Graph:

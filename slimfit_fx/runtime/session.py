@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from slimfit_fx.compiler.backend import compile_capture
 from slimfit_fx.compiler.capture import Capture
 from slimfit_fx.compiler.dynamo import own_code, own_error, retry_skipped_frames
+from slimfit_fx.compiler.pipeline import check_disabled
 from slimfit_fx.config import Config
 from slimfit_fx.errors import StateError
 from slimfit_fx.graph.plan import Plan, merge_plans
@@ -67,6 +68,7 @@ class Session:
     def __init__(self, model: nn.Module, config: Config) -> None:
         parameters = dict(model.named_parameters())
         self.config = config
+        check_disabled(config.disable_passes)
         check_sharding(model)
         check_modules(model, config)
         self.layers: list[Layer] = find_layers(model, config)
@@ -204,7 +206,7 @@ class Session:
             activations=frozenset(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x.is_leaf),
         )
         rules = CodecRules(self.config.preset, self.config.codecs, self._path)
-        compiled = compile_capture(module, inputs, capture, rules, self.config.mode)
+        compiled = compile_capture(module, inputs, capture, rules, self.config.mode, self.config.disable_passes)
         self.captures.append(capture)
         return functools.partial(_weak(self._run), capture, compiled, delimits)
 
