@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from .config import Config
 from .errors import ModelError, StateError, VersionError
+from .inspection.explanation import Explanation
 from .inspection.report import Report
 from .model.gate_table import Gates
 from .model.layers import check_shapes
@@ -105,6 +106,23 @@ def report(model: nn.Module, sample: Any = None, loss: Callable[[Any], Tensor] |
     plan, open_gates = session.plan, session.gates.table.tolist()
     optimizer_bytes, outside = session.scheduler.optimizer_bytes(), session.outside_layers
     return Report(plan, session.layers, open_gates, errors, optimizer_bytes, outside)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Why torch.compile made the graphs that it made: print it.
+
+    It says which inputs caused which recompile, where and why the code was broken into several graphs, and which
+    layers are in no graph. Needs one training forward to have run.
+
+    Raises:
+        StateError: the model is not transformed, or did not run yet.
+    """
+    session = started_session(model)
+    if not session.captures:
+        raise StateError("nothing is captured yet: run one training forward of the model, then ask why it is so")
+    origins = [capture.origin for capture in session.captures]
+    names = [layer.name for layer in session.layers]
+    return Explanation(origins, names, session.uncovered_layers, session.outside_layers, session.left_out)
 
 
 def graphs(model: nn.Module) -> list[tuple[fx.GraphModule, fx.GraphModule]]:

@@ -37,6 +37,7 @@ try:
     import torch._logging._internal
     import torch._subclasses
     import torch.utils._pytree
+    import torch.utils._sympy.functions
 
     # Dynamo, the front end
     aot_autograd = torch._dynamo.backends.common.aot_autograd  # a backend that runs our graphs operator by operator
@@ -74,6 +75,7 @@ try:
     select_decomp_table = torch._inductor.decomposition.select_decomp_table  # codecs are traced as Inductor would
     CppScheduling = torch._inductor.codegen.cpp.CppScheduling  # its splits of loops, corrected in inductor_fixes
     inductor_memory = torch._inductor.memory  # its estimate of the peak, corrected there
+    FloorDiv = torch.utils._sympy.functions.FloorDiv  # a quotient in an index, for the same
     V = torch._inductor.virtualized.V  # the graph that is being compiled, for that
 
     # Structured logs

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 from slimfit_fx.torch_internals import V, inductor_memory
+
+from .replaced import replaced
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def true_input_sizes() -> Iterator[None]:
                 buffer.mpi_buffer.size_free = nbytes
         return buffers
 
-    with mock.patch.object(inductor_memory, "get_freeable_input_buf", corrected):
+    with replaced(inductor_memory, "get_freeable_input_buf", corrected):
         yield
 
 
