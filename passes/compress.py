@@ -68,8 +68,8 @@ def trace(function: Callable[..., Any], *arguments: Any) -> fx.GraphModule:
 
 
 def _fold_views(graph: fx.Graph) -> None:
-    """Views of views become one, and views that change nothing none: there are as many as there are computations, and
-    each costs the code generator as much."""
+    """Joins views of views, and removes views that change nothing: a codec has as many views as computations, and each
+    costs the code generator as much."""
     for node in graph.find_nodes(op="call_function", target=aten.view.default):
         while (source := node.args[0]).target is aten.view.default:
             node.update_arg(0, source.args[0])

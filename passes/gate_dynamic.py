@@ -23,12 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from slimfit_fx.graph.gate_ops import ops
 from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.graph.nodes import CONVERSIONS, aten, base_of, dependent_on_gradients, next_of, readers
 from slimfit_fx.graph.plan import GatedGradient, Plan
 from slimfit_fx.torch_internals import must_recompute
 
-_ops = torch.ops.slimfit_fx
 _TRANSPOSES = frozenset({aten.permute.default, aten.t.default, aten.transpose.int})
 
 
@@ -118,7 +118,7 @@ def _keep_activations(
         if other or given or must_recompute(base):
             continue
         kept[activation] = joint.insert(
-            _ops.save_if_open.default,
+            ops.save_if_open.default,
             (activation, gates, sorted(needed_by)),
             before=next_of(activation),
             origin=activation,
@@ -139,7 +139,7 @@ def _insert_weight_gradient(
         operand = joint.insert(aten.permute.default, (operand, [1, 0]), before=product, origin=product)
     operands = (operand, second) if match.activation is first else (first, operand)
     arguments = (*operands, gates, match.gate, match.dtype)
-    new = joint.insert(_ops.weight_gradient.default, arguments, before=product, origin=product)
+    new = joint.insert(ops.weight_gradient.default, arguments, before=product, origin=product)
     if match.transposed:
         new = joint.insert(aten.permute.default, (new, [1, 0]), before=product, origin=product)
     return new
@@ -163,12 +163,12 @@ def _insert_embedding_gradient(
     zeros, mask, (indices,), rows = total.args  # type: ignore[misc]
     count = zeros.args[0][0]  # type: ignore[union-attr, index]
     arguments = (rows, indices, mask, count, gates, gate, dtype)
-    return joint.insert(_ops.embedding_gradient.default, arguments, before=total, origin=total)
+    return joint.insert(ops.embedding_gradient.default, arguments, before=total, origin=total)
 
 
 def _insert_pass_gradient(joint: JointGraph, gates: fx.Node, gate: int, gradient: fx.Node) -> fx.Node:
     arguments = (gradient, gates, gate)
-    return joint.insert(_ops.pass_gradient.default, arguments, before=next_of(gradient), origin=gradient)
+    return joint.insert(ops.pass_gradient.default, arguments, before=next_of(gradient), origin=gradient)
 
 
 def _rows(match: _LinearGradient) -> fx.Node:

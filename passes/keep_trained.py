@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections import deque
 
-import torch
 from torch import fx
 
 from slimfit_fx.codecs import WhenFrozen
+from slimfit_fx.graph.gate_ops import ops
 from slimfit_fx.graph.nodes import VIEWS, aten, bytes_of, call, hint, insertion_behind, is_pointwise
 from slimfit_fx.graph.plan import Plan, SavedTensor
 from slimfit_fx.graph.split import SplitGraph
-
-_ops = torch.ops.slimfit_fx
 
 
 def keep_trained(split: SplitGraph, plan: Plan) -> None:
@@ -48,7 +46,7 @@ def _trained_by(taken: fx.Node) -> int | None:
 def _gate_of(total: fx.Node) -> int | None:
     """The gate of the layer whose gradient `total` is, up to shape and dtype, or a term of: a norm may be shared."""
     for user in total.users:
-        if user.target is _ops.pass_gradient.default:
+        if user.target is ops.pass_gradient.default:
             return user.args[2]  # type: ignore[return-value]
         reshaped = (user.target in VIEWS or is_pointwise(user)) and len(user.all_input_nodes) == 1
         if (reshaped or user.target is aten.add.Tensor) and (gate := _gate_of(user)) is not None:
@@ -59,7 +57,7 @@ def _gate_of(total: fx.Node) -> int | None:
 def _keep_beside(split: SplitGraph, plan: Plan, row: SavedTensor, produced: fx.Node, taken: fx.Node, gate: int) -> None:
     graph = split.forward.graph
     with insertion_behind(produced):
-        kept = call(graph, _ops.save_if_open.default, (produced, split.gates, [gate]), produced)
+        kept = call(graph, ops.save_if_open.default, (produced, split.gates, [gate]), produced)
 
     def kept_or(placeholders: list[fx.Node]) -> fx.Node:
         static, whole = placeholders
@@ -69,7 +67,7 @@ def _keep_beside(split: SplitGraph, plan: Plan, row: SavedTensor, produced: fx.N
         again.store(bytes_of(kept, rows))
         plan.saved.insert(plan.saved.index(row) + 1, again)
         with split.insertion():
-            node = call(split.backward.graph, _ops.kept_or.default, (whole, static), taken)
+            node = call(split.backward.graph, ops.kept_or.default, (whole, static), taken)
         split.deferred.add(node)
         return node
 

@@ -22,12 +22,12 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from slimfit_fx.analysis.conditioning import Error, error_of
 from slimfit_fx.analysis.mutated_inputs import mutated_inputs
 from slimfit_fx.codecs import Recompute
+from slimfit_fx.graph.gate_ops import ops
 from slimfit_fx.graph.nodes import VIEWS, aten, base_of, call, is_pointwise, is_tensor, keep_of
 from slimfit_fx.graph.plan import Plan, SavedTensor
 from slimfit_fx.graph.split import SplitGraph
 from slimfit_fx.roles import EXACT, MASK
 
-_ops = torch.ops.slimfit_fx
 _RESHAPES = frozenset(
     {
         aten.view.default,
@@ -94,7 +94,7 @@ class _Step:
 
     @property
     def keeps(self) -> bool:
-        return self.node.target is _ops.save_if_open.default
+        return self.node.target is ops.save_if_open.default
 
 
 class _Recipes:

@@ -11,6 +11,7 @@ import operator
 import torch
 from torch import fx
 
+from slimfit_fx.graph.gate_ops import ops
 from slimfit_fx.graph.nodes import call, insertion_behind
 from slimfit_fx.graph.plan import Plan
 from slimfit_fx.graph.split import SplitGraph
@@ -29,7 +30,7 @@ def separate_seeds(split: SplitGraph, _: Plan) -> None:
 
 def _separate(graph: fx.Graph, seeds: fx.Node, reads: list[fx.Node]) -> None:
     with insertion_behind(seeds):
-        copies = call(graph, torch.ops.slimfit_fx.separate.default, (seeds,), seeds)
+        copies = call(graph, ops.separate.default, (seeds,), seeds)
     for read in reads:
         with graph.inserting_before(read):
             read.replace_all_uses_with(call(graph, operator.getitem, (copies, read.args[1]), read))

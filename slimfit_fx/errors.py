@@ -11,7 +11,7 @@ class SlimFitError(Exception):
 
 
 class ConfigError(SlimFitError, ValueError):
-    """A field of `Config` has a value that nothing can be done with."""
+    """A field of `Config` has an invalid value."""
 
 
 class ModelError(SlimFitError, ValueError):
@@ -31,7 +31,7 @@ class BackwardError(SlimFitError, RuntimeError):
 
 
 class VersionError(SlimFitError, ImportError):
-    """The installed torch is too old."""
+    """The installed torch is too old, or lacks a private name that the library builds on."""
 
 
 class SlimFitWarning(UserWarning):

@@ -9,7 +9,6 @@ from typing import Any, cast
 from torch import fx
 
 from slimfit_fx.errors import SlimFitError
-from slimfit_fx.graph import gate_ops as gate_ops
 from slimfit_fx.presets import CodecRules
 from slimfit_fx.torch_internals import (
     CustomPartitionerFn,

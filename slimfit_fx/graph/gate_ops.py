@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import Library, get_ctx, register_fake
 
 _library = Library("slimfit_fx", "DEF")
+ops = torch.ops.slimfit_fx
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 

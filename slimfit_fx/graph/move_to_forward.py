@@ -32,8 +32,7 @@ def move_to_forward(sources: Mapping[fx.Node, fx.Node], result: fx.Node) -> fx.N
     """
     needed = between(sources, result)
     forward = next(iter(sources.values())).graph
-    place: dict[fx.Node, float] = {node: index for index, node in enumerate(forward.nodes)}
-    values = ((node.meta.get("val"), node) for node in reversed(place))
+    values = ((node.meta.get("val"), node) for node in reversed(forward.nodes))
     sizes = {value.node.expr: node for value, node in values if isinstance(value, SymInt)}
     copies = dict(sources)
     for node in (node for node in result.graph.nodes if node in needed):
@@ -47,10 +46,9 @@ def move_to_forward(sources: Mapping[fx.Node, fx.Node], result: fx.Node) -> fx.N
         if (same := _same(node, arguments, copies)) is not None:
             copies[node] = same
             continue
-        last = max(arguments or [next(iter(sources.values()))], key=place.__getitem__)
+        last = max(arguments or [next(iter(sources.values()))])  # nodes compare by their place in the graph
         with insertion_behind(last):
-            copies[node] = copy = forward.node_copy(node, copies.__getitem__)
-        place[copy] = place[last] + 1e-6 * len(place)
+            copies[node] = forward.node_copy(node, copies.__getitem__)
     return copies[result]
 
 

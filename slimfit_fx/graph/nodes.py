@@ -14,6 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from slimfit_fx.torch_internals import AOTInput, FakeTensorMode, PlainAOTInput, detect_fake_mode, tree_leaves
 
+from .gate_ops import ops
+
 aten = torch.ops.aten
 
 # An input of a graph: its position in the captured graph, or what AOTAutograd says of a part of one.
@@ -131,7 +133,7 @@ def base_of(node: fx.Node) -> fx.Node:
 def keep_of(node: fx.Node) -> fx.Node | None:
     """The `save_if_open` that hands over the tensor of which `node` is a view; None if no gate matters to it."""
     base = base_of(node)
-    return base if base.target is torch.ops.slimfit_fx.save_if_open.default else None
+    return base if base.target is ops.save_if_open.default else None
 
 
 def readers(node: fx.Node) -> Iterator[fx.Node]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -21,6 +21,18 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from slimfit_fx.torch_internals import SavedForBackwardsAOTOutput
 
 from .nodes import VIEWS, InputKey, fake_result, gates_of, inputs_of, is_tensor, origin_of
+
+
+class SavedPair(NamedTuple):
+    """One saved tensor as both graphs have it.
+
+    Attributes:
+        node: of the forward, that makes the tensor.
+        placeholder: of the backward, that takes it.
+    """
+
+    node: fx.Node
+    placeholder: fx.Node
 
 
 @dataclass
@@ -47,11 +59,11 @@ class SplitGraph:
         """The forward's last input."""
         return gates_of(self.forward.graph)
 
-    def saved(self) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """Every saved tensor as (node of the forward, placeholder of the backward), in the order of handing over."""
+    def saved(self) -> Iterator[SavedPair]:
+        """Every saved tensor, in the order of handing over."""
         handed = [node for node in self._handed_over() if is_tensor(node)]
         taken = filter(is_tensor, self.backward.graph.find_nodes(op="placeholder"))
-        return zip(handed, itertools.islice(taken, len(handed)), strict=True)
+        return map(SavedPair, handed, itertools.islice(taken, len(handed)))
 
     def sizes(self) -> dict[Any, fx.Node]:
         """The backward's symbolic sizes: expression -> placeholder."""

@@ -1,4 +1,4 @@
-"""What a backward through compiled graphs may not do, said by name."""
+"""Raises clear errors for backward passes that compiled graphs do not support."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from slimfit_fx.torch_internals import backward_keeps_graph
 
 
 def watch_backward(outputs: Iterable[Any], capture: Capture, begin: Callable[[], None]) -> None:
-    """Calls `begin` when the outputs' backward begins, and makes it name what it cannot do; torch would fail later, or
-    speak of its own internals."""
+    """Calls `begin` when the backward of `outputs` begins, and raises a clear error for modes that it does not support.
+
+    Torch would fail later, or speak of its own internals.
+    """
 
     def check(_: Any) -> None:
         if torch.is_grad_enabled():
