@@ -6,7 +6,6 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,25 +32,7 @@ from .backward_guard import watch_backward
 from .left_out import LeftOut
 from .outside import OutsideGradients
 from .parameter_hooks import spare_hooks
-
-
-@dataclass(frozen=True)
-class Run:
-    """One call of a captured graph.
-
-    Attributes:
-        layers: the layer behind each gate of the graph; None where there is none.
-        path: of the module that was called.
-    """
-
-    capture: Capture
-    layers: tuple[int | None, ...]
-    path: str
-
-    @property
-    def plan(self) -> Plan:
-        """What this call saves, in terms of the model."""
-        return self.capture.plan.in_model(self.layers, self.path)
+from .run import Run
 
 
 class Session:
