@@ -32,6 +32,7 @@ def compare(module: str, arguments: Sequence[str] | None, options: argparse.Name
         options: what it made of them.
     """
     kept = [argument for argument in (sys.argv[1:] if arguments is None else arguments) if argument != "--compare"]
+    kept.append("--no-validation")
     if not (options.steps or options.epochs):
         kept.append(f"--steps={options.compared_steps}")
     results = {}

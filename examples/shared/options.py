@@ -43,6 +43,7 @@ def parser(
     options.add_argument("--steps", type=int, default=0, help="instead of whole epochs")
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--no-validation", action="store_true", help="score the test set only")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--json", default=None, help="append the result to this file")
     options.set_defaults(learning_rates=(learning_rate, baseline_learning_rate), compared_steps=compared_steps)

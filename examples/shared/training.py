@@ -27,7 +27,7 @@ ToInputs = Callable[[list[Tensor]], dict[str, Tensor]]
 def run(
     model: nn.Module, sets: Mapping[str, TensorDataset], to_inputs: ToInputs, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Trains on `sets["train"]` and prints accuracy on the others, step time, peak memory and the report."""
+    """Trains on `sets["train"]` and prints accuracy on `sets["test"]`, step time, peak memory and the report."""
     device = torch.device(options.device)
     model.to(device).train()
     plain = options.baseline or options.eager_baseline
@@ -46,7 +46,7 @@ def run(
             **dict(options.option),
         )
     result = train(model, sets["train"], to_inputs, options, learning_rate)
-    for part in sets.keys() - {"train"}:
+    for part in ["test"] if options.no_validation else ["validation", "test"]:
         result[f"{part}_accuracy"] = accuracy(model, sets[part], to_inputs, device)
     if not plain:
         print(slimfit_fx.report(model))

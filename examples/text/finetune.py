@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
 
 from examples.shared import training
 from examples.shared.comparison import compare
@@ -37,6 +38,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     if options.compare:
         return compare("examples.text.finetune", arguments, options)
+    logging.set_verbosity_error()  # that a head is new is no news here
+    logging.disable_progress_bar()
     torch.manual_seed(options.seed)
     model, sets = load(options)
     return training.run(model, sets, to_inputs, options)
