@@ -74,7 +74,7 @@ def test_a_comparison_runs_both_alike_in_fresh_processes(text_arguments, monkeyp
         assert memory.ENVIRONMENT.items() <= environment.items()
     assert len({environment["TORCHINDUCTOR_CACHE_DIR"] for environment in started}) == 2
     text = capsys.readouterr().out
-    assert "3 steps each (0.3 epochs), learning rates 0.0001 and 0.0004, on cpu." in text
+    assert "3 steps each (0.4 epochs), learning rates 0.0001 and 0.0004, on cpu." in text
     assert len((tiny_bert / "out.json").read_text().splitlines()) == 2
 
 

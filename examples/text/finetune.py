@@ -107,7 +107,7 @@ def packaged_file(package: str, suffix: str) -> Path:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    options = parser(__doc__, learning_rate=4e-4, baseline_learning_rate=1e-4, compared_steps=60)
+    options = parser(__doc__, learning_rate=4e-4, baseline_learning_rate=1e-4, compared_steps=75)
     options.add_argument("--length", type=int, default=48, help="tokens a sentence")
     options.add_argument("--model", default=None, help="a name or folder for from_pretrained")
     options.add_argument("--dataset", default=None, help="a name for datasets.load_dataset with text and label")

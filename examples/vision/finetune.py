@@ -141,7 +141,7 @@ def packaged_vit() -> nn.Module:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    options = parser(__doc__, learning_rate=4e-4, baseline_learning_rate=1e-4, compared_steps=60)
+    options = parser(__doc__, learning_rate=4e-4, baseline_learning_rate=1e-4, compared_steps=75)
     options.add_argument("--image-size", type=int, default=56)
     options.add_argument("--examples", type=int, default=6400, help="training images")
     options.add_argument("--test-examples", type=int, default=2000)

@@ -112,13 +112,19 @@ def _largest(rows: Sequence[Mapping[str, Any]]) -> str:
             row["module"] or "(model)",
             row["role"],
             "x".join(map(str, row["shape"])),
-            row["stored_as"] or "as it is",
+            _briefly(row["stored_as"]),
             size_text(row["bytes"]),
             size_text(row["bytes_now"]),
         ]
         for row in rows
     ]
     return fitted_table(lines, ["largest now", "role", "shape", "stored as", "as it is", "now"], words=4)
+
+
+def _briefly(form: str) -> str:
+    """How a tensor is stored, without the groups that it is quantized in."""
+    parts = [part for part in form.split(", ") if not part.startswith("group ") and part != "asymmetric"]
+    return ", ".join(parts) or "as it is"
 
 
 def _errors(errors: Mapping[str, GradientDifference]) -> str:

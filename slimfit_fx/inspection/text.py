@@ -24,11 +24,14 @@ def size_text(nbytes: int) -> str:
 
 
 def shortened(text: str, width: int) -> str:
-    """`text` on one line of at most `width` columns; "..." stands for what is left out of its middle."""
+    """`text` on one line of at most `width` columns; "..." stands for what is left out of its middle.
+
+    Most of what stays is the end: the paths of the modules of a model differ there.
+    """
     text = " ".join(text.split())
     if len(text) <= width:
         return text
-    end = (width - 3) // 2
+    end = (width - 3) * 3 // 4
     return f"{text[: width - 3 - end]}...{text[len(text) - end :]}"
 
 
