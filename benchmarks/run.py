@@ -1,7 +1,7 @@
 """Measures a suite: every cell in processes of its own, methods in turn; goes on where it was interrupted.
 
-    python benchmarks/run.py benchmarks/suites/cpu.json --out benchmarks/results/cpu.json
-    python benchmarks/show.py benchmarks/results/cpu.json
+    python -m benchmarks.run benchmarks/suites/cpu.json --out benchmarks/results/cpu.json
+    python -m benchmarks.show benchmarks/results/cpu.json
 
 A suite is a list of grids: all combinations of the values of their keys, which are the arguments of measure.py
 ("config" and "option" are objects). The cells of a round are measured one after another: the speed of a shared machine
@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
+from examples.shared.memory import ENVIRONMENT
+
+ROOT = Path(__file__).parent.parent
 Cell = dict[str, Any]
-# glibc gives freed memory back at once, so that the resident set is what is in use
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -84,9 +84,9 @@ def measured_once(cell: Cell, cache: str) -> dict[str, Any]:
         cell: as in a suite.
         cache: the folder in which Inductor looks for compiled code, and leaves it.
     """
-    command = [sys.executable, str(HERE / "measure.py"), *flags(cell)]
+    command = [sys.executable, "-m", "benchmarks.measure", *flags(cell)]
     environment = {**os.environ, **ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": cache}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode < 0:  # by the kernel, where memory was short
         return {"error": f"killed by signal {-done.returncode}"}
     if done.returncode > 0:
@@ -108,7 +108,7 @@ def flags(cell: Cell) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "device": cuda or f"CPU {platform.machine()}, {torch.get_num_threads()} threads",

@@ -1,7 +1,7 @@
 """How costs grow with depth, width, batch, length and freezing rate: tables, and a picture of them.
 
-    python benchmarks/run.py benchmarks/suites/cpu-scaling.json --out benchmarks/results/cpu-scaling.json
-    python benchmarks/scaling.py benchmarks/results/cpu-scaling.json --plot docs/pictures
+    python -m benchmarks.run benchmarks/suites/cpu-scaling.json --out benchmarks/results/cpu-scaling.json
+    python -m benchmarks.scaling benchmarks/results/cpu-scaling.json --plot docs/pictures
 
 Cells of one of our methods that differ along one axis only make a line; each point stands beside `compile` at the same
 place, and ratios are to it.
@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import methods
-import models
-import show
 from tabulate import tabulate
 
 import slimfit_fx
+
+from . import methods, models, show
 
 Cell = dict[str, Any]
 Place = Mapping[str, Any]

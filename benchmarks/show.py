@@ -1,6 +1,6 @@
 """Prints the tables of results of run.py and draws their Pareto plots.
 
-    python benchmarks/show.py benchmarks/results/cpu.json --plot docs/pictures
+    python -m benchmarks.show benchmarks/results/cpu.json --plot docs/pictures
 
 One table per setting. Figures are medians over rounds; ratios are to `compile`, or to the first method, within a round.
 """

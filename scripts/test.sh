@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates .venv-test and passes the tests in two processes; arguments go to pytest.
+# Creates .venv-test and runs the tests in two processes; arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ ! -x .venv-test/bin/python ]; then

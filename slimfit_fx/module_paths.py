@@ -16,3 +16,13 @@ def joined(path: str, inside: str) -> str:
 def matches(overrides: Iterable[str], path: str) -> Iterator[str]:
     """Those keys of a configuration's `codecs` that are no roles but regular expressions found in `path`."""
     return (key for key in overrides if key not in ROLES and re.search(key, path))
+
+
+def numbered_block(path: str) -> str:
+    """The block that a module belongs to: `"encoder.layer.3"` of `"encoder.layer.3.attention"`, `""` if it has none.
+
+    The first number behind a name counts: the 3 in `"0.encoder.layer.3"`, where a model is part of a sequence. If there
+    is none, the number that the path begins with counts.
+    """
+    block = re.match(r".*?\.\d+(?=\.|$)", path) or re.match(r"\d+(?=\.|$)", path)
+    return block.group() if block else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,21 +14,10 @@ from torch import nn
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
+import slimfit_fx
+from benchmarks import accuracy, floor, largest_batch, measure, methods, models, run, scaling, show
+
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-import accuracy  # noqa: E402
-import floor  # noqa: E402
-import largest_batch  # noqa: E402
-import measure  # noqa: E402
-import methods  # noqa: E402
-import models  # noqa: E402
-import run  # noqa: E402
-import scaling  # noqa: E402
-import show  # noqa: E402
-
-import slimfit_fx  # noqa: E402
-
 TINY = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 30}
 SUITES = sorted((ROOT / "benchmarks" / "suites").glob("*.json"))
 

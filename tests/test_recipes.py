@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import random
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from recipe_runs import datasets, images, make_bert, make_vit, questions, run, saved, texts
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-datasets = pytest.importorskip("datasets")
-pytest.importorskip("sklearn")
-
-import recipe  # noqa: E402
-import recipe_config  # noqa: E402
-import recipe_data  # noqa: E402
-import recipe_images  # noqa: E402
-import recipe_questions  # noqa: E402
-import recipe_tasks  # noqa: E402
-from PIL import Image  # noqa: E402
-
-import slimfit_fx  # noqa: E402
+import slimfit_fx
+from examples.recipes import config as recipe_config
+from examples.recipes import data as recipe_data
+from examples.recipes import run as recipe
+from examples.recipes import tasks as recipe_tasks
 
 BERT, VIT = "google-bert/bert-base-cased", "google/vit-base-patch16-224-in21k"
 # data, model, freezing rate, learning rate, batch, length in tokens or pixels
@@ -65,89 +52,19 @@ def test_the_hyperparameters_are_the_papers(name):
     assert settings.stride == (128 if name == "squad-v2" else 0)
 
 
-# --- tiny models and data -------------------------------------------------------------------------------------------
-
-WORDS = ["good", "bad", "film", "song", "who", "wrote", "sang", "the", "a", "answer", "maria", "paul", "?", "."]
-
-
 @pytest.fixture(scope="module")
 def bert_folder(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("bert")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS) + 5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(folder)
-    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    return str(folder)
+    return make_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
 def vit_folder(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("vit")
-    config = transformers.ViTConfig(
-        image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    torch.manual_seed(0)
-    transformers.ViTModel(config).save_pretrained(folder)
-    transformers.ViTImageProcessorPil().save_pretrained(folder)
-    return str(folder)
+    return make_vit(tmp_path_factory.mktemp("vit"))
 
 
 @pytest.fixture(autouse=True)
 def _caches_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def texts(name: str, rows: int = 64) -> dict[str, list]:
-    """Rows with the columns of a text recipe: the first word of the first text decides the label."""
-    settings = recipe_config.load_recipe(name)
-    first, *second = [column for role, column in settings.columns.items() if role != "label"]
-    good = [i % 2 for i in range(rows)]
-    table = {first: [f"{('bad', 'good')[label]} film" for label in good]}
-    table |= {column: ["the song"] * rows for column in second}
-    return {**table, "label": [2.5 * label for label in good] if name == "glue-stsb" else good}
-
-
-def questions(rows: int = 24) -> dict[str, list]:
-    """Every second question has an answer; contexts take several windows of 24 tokens."""
-    context = "the film . " * 8 + "maria wrote the song . " + "the film . " * 4
-    found = {"text": ["maria"], "answer_start": [context.index("maria")]}
-    nothing: dict[str, list] = {"text": [], "answer_start": []}
-    return {
-        "question": ["who wrote the song ?", " who sang ?"] * (rows // 2),
-        "context": [context] * rows,
-        "answers": [found, nothing] * (rows // 2),
-    }
-
-
-def images(rows: int, image: str = "img", label: str = "label") -> dict[str, list]:
-    """Dark and bright squares."""
-    pictures = [Image.new("RGB", (20, 16), (255 * (i % 2),) * 3) for i in range(rows)]
-    return {image: pictures, label: [i % 2 for i in range(rows)]}
-
-
-def saved(folder: Path, train: dict[str, list], **evaluation: dict[str, list]) -> str:
-    parts = {"train": train, **evaluation}
-    datasets.DatasetDict({name: datasets.Dataset.from_dict(rows) for name, rows in parts.items()}).save_to_disk(folder)
-    return str(folder)
-
-
-def variant(folder: Path, name: str, **fields) -> str:
-    """The path of a shipped recipe with some fields changed."""
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps({**dataclasses.asdict(recipe_config.load_recipe(name)), **fields}))
-    return str(path)
-
-
-# --- each kind of task ----------------------------------------------------------------------------------------------
-
-
-def run(name: str, folder: Path, data: str, model: str, *options: str, **fields) -> dict:
-    """A short run of a recipe, some fields changed; in the interpreter and without codecs: that is captured soonest."""
-    command = [variant(folder, name, **fields), "--data", data, "--model", model]
-    return recipe.main([*command, "--option=mode=eager", "--preset=exact", "--steps=2", "--batch=8", *options])
 
 
 def test_a_sentence(bert_folder, tmp_path):
@@ -203,9 +120,6 @@ def test_images(vit_folder, tmp_path):
     result = run("cifar10", tmp_path, data, vit_folder, *options, image_size=16)
     assert result["metrics"]["test"]["accuracy"] > 0.9
     assert result["graphs"] == 1
-
-
-# --- baselines, precision, other layouts of data --------------------------------------------------------------------
 
 
 def test_a_folder_of_images_at_a_larger_size(vit_folder, tmp_path):
@@ -269,142 +183,3 @@ def test_every_row_is_evaluated(bert_folder, tmp_path, monkeypatch):
     data = saved(tmp_path / "data", texts("glue-sst2"), validation=texts("glue-sst2", 11))
     run("glue-sst2", tmp_path, data, bert_folder, "--eager-baseline", length=8)
     assert seen == [11]
-
-
-# --- images ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_random_box_is_a_part_of_the_image():
-    random.seed(0)
-    for width, height in ((40, 30), (30, 40), (7, 7)):
-        for _ in range(200):
-            left, upper, right, lower = recipe_images.random_box(width, height)
-            assert 0 <= left < right <= width + 1e-9
-            assert 0 <= upper < lower <= height + 1e-9
-            assert (right - left) * (lower - upper) >= 0.0799 * width * height
-    assert recipe_images.random_box(1000, 1) == (499.5, 0, 500.5, 1)
-    assert recipe_images.middle_box(4, 2) == (1, 0, 3, 2)
-
-
-def test_positions_are_stretched():
-    """Class token kept; of a grid that rises from left to right, each column between its neighbours."""
-    grid = torch.arange(3.0).expand(3, 3).reshape(1, 9, 1)
-    table = torch.cat([torch.full((1, 1, 1), 7.0), grid], dim=1)
-    stretched = recipe_images.stretch(table, 37)
-    assert stretched[0, 0] == 7
-    columns = stretched[0, 1:, 0].reshape(6, 6)
-    assert torch.allclose(columns, columns[0].expand(6, 6), atol=1e-6)
-    assert (columns[0].diff() > 0).all()
-
-
-# --- windows of a context -------------------------------------------------------------------------------------------
-
-
-def test_windows_point_to_the_answer(bert_folder, tmp_path):
-    """Of the windows of a context, those that have the answer say where, the others that they have none."""
-    settings = recipe_config.load_recipe(variant(tmp_path, "squad-v2", length=24, stride=8))
-    data = {"train": datasets.Dataset.from_dict(questions(2))}
-    task = recipe_questions.question_task(settings, data, bert_folder)
-    spans = [row["input_ids"][row["start_positions"] : row["end_positions"] + 1] for row in task.train]
-    found = [task.processor.decode(span) for span in spans]
-    assert found.count("maria") >= 1
-    assert set(found) == {"maria", "[CLS]"}
-    assert len(found) > 4  # several windows for each of the two questions
-    assert set(found[len(found) // 2 :]) == {"[CLS]"}  # the second one has no answer
-
-
-# --- bad input ------------------------------------------------------------------------------------------------------
-
-
-def test_an_unknown_recipe_lists_the_recipes():
-    with pytest.raises(SystemExit, match="no recipe 'cola': choose one of cifar10, .*glue-cola"):
-        recipe.main(["cola"])
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"rate": 1}, r"unknown fields \['rate'\]"),
-        ({"kind": "translation"}, "kind 'translation' is unknown"),
-        ({"metrics": ["bleu"]}, "metrics of text classification are accuracy, f1, matthews"),
-        ({"columns": {"text": "sentence"}}, "columns of text classification are text, label"),
-        ({"length": 0}, "needs a length"),
-        ({"stride": 128}, "lower stride"),
-    ],
-)
-def test_a_damaged_recipe_is_named(fields, message, tmp_path):
-    with pytest.raises(SystemExit, match=message):
-        recipe_config.load_recipe(variant(tmp_path, "glue-cola", **fields))
-
-
-def test_a_recipe_that_is_no_object_is_named(tmp_path):
-    for text, message in (("{", "not JSON"), ("[]", "a JSON object, got list"), ("{}", "missing fields")):
-        (tmp_path / "own.json").write_text(text)
-        with pytest.raises(SystemExit, match=message):
-            recipe_config.load_recipe(str(tmp_path / "own.json"))
-
-
-def test_data_out_of_reach_names_the_way_out(monkeypatch):
-    def unreachable(*_):
-        raise ConnectionError("Couldn't reach the hub\nand more")
-
-    monkeypatch.setattr(recipe_data, "load_dataset", unreachable)
-    with pytest.raises(
-        SystemExit, match="nyu-mll/glue cannot be loaded: Couldn't reach the hub\nPass .* --data FOLDER"
-    ):
-        recipe.main(["glue-cola"])
-
-
-def test_a_folder_without_data_says_what_it_should_have(tmp_path):
-    settings = recipe_config.load_recipe("glue-cola")
-    with pytest.raises(SystemExit, match="no such folder"):
-        recipe_data.load_data(settings, tmp_path / "nowhere")
-    with pytest.raises(SystemExit, match=r"no data found; a folder is what DatasetDict.save_to_disk wrote, or"):
-        recipe_data.load_data(settings, tmp_path)
-    for name in ("train.csv", "validation.parquet"):
-        (tmp_path / name).touch()
-    with pytest.raises(SystemExit, match="several formats"):
-        recipe_data.load_data(settings, tmp_path)
-
-
-def test_a_missing_column_or_split_lists_those_there(tmp_path):
-    settings = recipe_config.load_recipe("glue-cola")
-    saved(tmp_path / "pair", texts("glue-rte", 4), validation=texts("glue-rte", 4))
-    with pytest.raises(SystemExit, match="no column 'sentence' for text; it has sentence1, sentence2, label"):
-        recipe_data.load_data(settings, tmp_path / "pair")
-    saved(tmp_path / "half", texts("glue-cola", 4))
-    with pytest.raises(SystemExit, match="no split 'validation'; it has train"):
-        recipe_data.load_data(settings, tmp_path / "half")
-
-
-@pytest.mark.parametrize(
-    ("name", "labels"), [("glue-cola", [-1, 0]), ("glue-cola", ["a", "b"]), ("glue-stsb", ["a", "b"])]
-)
-def test_labels_that_cannot_be_learned_are_named(name, labels, tmp_path):
-    data = saved(tmp_path / "data", {**texts(name, 2), "label": labels}, validation=texts(name, 2))
-    with pytest.raises(SystemExit, match="labels"):
-        run(name, tmp_path, data, "nowhere")
-
-
-def test_answers_of_another_form_are_named(tmp_path):
-    data = saved(tmp_path / "data", {**questions(2), "answers": ["maria", ""]}, validation=questions(2))
-    with pytest.raises(SystemExit, match="a list `text` and a list `answer_start`"):
-        run("squad-v2", tmp_path, data, "nowhere")
-
-
-def test_a_model_out_of_reach_names_the_way_out(tmp_path):
-    data = saved(tmp_path / "data", texts("glue-cola", 8), validation=texts("glue-cola", 2))
-    with pytest.raises(SystemExit, match=r"--model FOLDER"):
-        run("glue-cola", tmp_path, data, str(tmp_path / "nowhere"))
-
-
-def test_impossible_options_are_named(bert_folder, tmp_path):
-    data = saved(tmp_path / "data", texts("glue-cola", 8), validation=texts("glue-cola", 2))
-    for option, message in (
-        ("--batch=9", "8 rows do not fill a batch of 9"),
-        ("--option=freeze_rate=2", "freeze_rate"),
-        ("--resume", "no checkpoint in --output None"),
-        *([] if torch.cuda.is_available() else [("--precision=fp16", "fp16 needs a GPU")]),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            run("glue-cola", tmp_path, data, bert_folder, option, length=8)

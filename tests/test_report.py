@@ -48,18 +48,21 @@ def test_rows(report):
     assert [total["role"] for total in report.by_role()] == ["linear input", "dropout mask", "parameter"]
 
 
-def test_print(report):
-    text = str(report)
+def test_table(report):
+    text = report.table()
     row = next(line for line in text.splitlines() if "q.weight, k.weight" in line)
     assert row.split()[-8:] == ["k.weight", "int8", "8.0", "KiB", "2.0", "KiB", "0", "B"]
     assert "total" in text
-    assert "0 of 2 layers open.\nComputed, then dropped when closed (1): block.k.weight." in text
+    for text in (report.table(), str(report)):
+        assert "0 of 2 layers open.\nComputed, then dropped when closed (1): block.k.weight." in text
 
 
 def test_json(report):
     parsed = json.loads(report.to_json())
     assert parsed["rows"] == report.rows
     assert parsed["saved_bytes_after"] == 2048
+    assert parsed["by_role"] == report.by_role()
+    assert parsed["by_block"] == report.by_block()
 
 
 def test_modules_and_roles_of_a_real_model():

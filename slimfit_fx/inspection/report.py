@@ -1,18 +1,20 @@
-"""The table that says where each saved byte goes."""
+"""Where each saved byte goes: the data; `summary` and `report_table` make text of it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tabulate import tabulate
-
 from slimfit_fx.graph.plan import Plan, SavedTensor
 from slimfit_fx.model.layers import Layer
+from slimfit_fx.module_paths import numbered_block
 
+from . import report_table, summary
 from .gradient_difference import GradientDifference
+from .notes import Note
+from .text import size_text
 
 # a row's bytes: as it is, stored with all gates open, stored at the present gates
 _BYTES = ("bytes", "bytes_stored", "bytes_now")
@@ -21,6 +23,8 @@ _BYTES = ("bytes", "bytes_stored", "bytes_now")
 @dataclass(frozen=True)
 class Report:
     """The saved tensors of a model's last captured graph, at the gates of the moment.
+
+    Printed, it is a summary of at most 100 columns; `table()` and `to_markdown()` list every tensor.
 
     Attributes:
         plan: what is saved.
@@ -56,16 +60,29 @@ class Report:
 
     def by_role(self) -> list[dict[str, Any]]:
         """Totals of `rows` by role and kind, the largest first."""
-        totals: dict[tuple[str, str], dict[str, Any]] = {}
-        for row in self.rows:
-            key = (row["role"], row["kind"])
-            total = totals.setdefault(key, dict(role=key[0], kind=key[1], tensors=0, **dict.fromkeys(_BYTES, 0)))
-            total["tensors"] += 1
-            for column in _BYTES:
-                total[column] += row[column]
-        return sorted(totals.values(), key=lambda total: -total["bytes"])
+        totals = self._totals(lambda row: {"role": row["role"], "kind": row["kind"]})
+        return sorted(totals, key=lambda total: -total["bytes"])
+
+    def by_block(self) -> list[dict[str, Any]]:
+        """Totals of `rows` by numbered block of the model, such as `encoder.layer.3`, in the order of the rows; the
+        block of what lies beside them is `""`."""
+        return self._totals(lambda row: {"block": numbered_block(row["module"])})
+
+    def largest(self, count: int = 10) -> list[dict[str, Any]]:
+        """The `rows` that take most bytes at the present gates, the largest first; none that takes no byte at all."""
+        held = [row for row in self.rows if row["bytes"] or row["bytes_stored"]]
+        return sorted(held, key=lambda row: (-row["bytes_now"], -row["bytes"]))[:count]
+
+    def table(self) -> str:
+        """Every tensor, the totals by role, and every name in full: as wide as it takes."""
+        return report_table.full(self.rows, self.by_role(), self.gradient_errors, self._notes())
+
+    def to_markdown(self) -> str:
+        """What `table` has, as Markdown."""
+        return report_table.full(self.rows, self.by_role(), self.gradient_errors, self._notes(), style="github")
 
     def to_json(self) -> str:
+        """All of it, for programs."""
         return json.dumps(
             {
                 "saved_bytes_before": self.saved_bytes_before,
@@ -73,47 +90,22 @@ class Report:
                 "optimizer_bytes": self.optimizer_bytes,
                 "outside": list(self.outside),
                 "by_role": self.by_role(),
+                "by_block": self.by_block(),
                 "gradient_errors": {name: asdict(error) for name, error in self.gradient_errors.items()},
                 "rows": self.rows,
             }
         )
 
     def __str__(self) -> str:
-        held = [row for row in self.rows if row["bytes"] or row["bytes_stored"]]
-        tensors = [
-            [
-                row["module"],
-                row["role"],
-                "x".join(map(str, row["shape"])),
-                row["dtype"],
-                row["kind"],
-                _shorten(row["layers"]),
-                row["stored_as"],
-                *(size_text(row[column]) for column in _BYTES),
-            ]
-            for row in held
-        ]
-        roles = [
-            [total["role"], total["kind"], total["tensors"], *(size_text(total[column]) for column in _BYTES)]
-            for total in self.by_role()
-        ]
-        roles.append(["total", "", len(held), *(size_text(sum(row[column] for row in held)) for column in _BYTES)])
-        sizes = ["as it is", "stored", "now"]
-        parts = [
-            tabulate(tensors, ["module", "role", "shape", "dtype", "kind", "needed by", "stored as", *sizes]),
-            tabulate(roles, ["role", "kind", "tensors", *sizes], colalign=("left", "left", "right")),
-            *self._errors(),
-            self._summary(),
-        ]
-        return "\n\n".join(parts)
-
-    def _errors(self) -> list[str]:
-        """The table of gradient errors, the largest first; none without a sample."""
-        if not self.gradient_errors:
-            return []
-        errors = sorted(self.gradient_errors.items(), key=lambda item: -item[1].relative)
-        lines = [[name, error.cosine, error.relative] for name, error in errors]
-        return [tabulate(lines, ["gradient", "cosine", "relative error"], floatfmt=".4f")]
+        closed = len(self.open_gates) - sum(self.open_gates)
+        return summary.summary(
+            self.by_role(),
+            self.by_block(),
+            self.largest(summary.LARGEST),
+            summary.conclusion(self.by_role(), closed, len(self.open_gates)),
+            self.gradient_errors,
+            self._notes(),
+        )
 
     def _row(self, tensor: SavedTensor) -> dict[str, Any]:
         return {
@@ -129,41 +121,31 @@ class Report:
             "bytes_now": tensor.bytes_at(self.open_gates),
         }
 
-    def _summary(self) -> str:
-        lines = [f"{sum(self.open_gates)} of {len(self.open_gates)} layers open."]
-        head = [layer.name for layer in self.layers if layer.always_open]
-        if head:
-            lines.append(f"Always open ({len(head)}): {', '.join(head)}.")
+    def _totals(self, group: Callable[[dict[str, Any]], dict[str, str]]) -> list[dict[str, Any]]:
+        """Totals of the rows for which `group` returns the same, in the order in which they come."""
+        totals: dict[tuple[str, ...], dict[str, Any]] = {}
+        for row in self.rows:
+            key = group(row)
+            total = totals.setdefault(tuple(key.values()), {**key, "tensors": 0, **dict.fromkeys(_BYTES, 0)})
+            total["tensors"] += 1
+            for column in _BYTES:
+                total[column] += row[column]
+        return list(totals.values())
+
+    def _notes(self) -> list[Note]:
+        """What the tables do not show."""
+        always = [layer.name for layer in self.layers if layer.always_open]
         dropped = sorted({self.layers[g.gate].name for g in self.plan.gradients if not g.conditional})
-        if dropped:
-            lines.append(f"Computed, then dropped when closed ({len(dropped)}): {', '.join(dropped)}.")
-        if self.outside:
-            lines.append(
-                f"Outside of the graphs, where nothing is compressed ({len(self.outside)}): {', '.join(self.outside)}."
-            )
+        notes = [Note(f"{sum(self.open_gates)} of {len(self.open_gates)} layers open.")]
+        for text, names in (
+            ("Always open", always),
+            ("Computed, then dropped when closed", dropped),
+            ("Outside of the graphs, where nothing is compressed", self.outside),
+        ):
+            if names:
+                notes.append(Note(text, names))
         near, far = self.optimizer_bytes
         if near or far:
             host = f", {size_text(far)} on the host" if far else ""
-            lines.append(f"Optimizer states of layers: {size_text(near)}{host}.")
-        return "\n".join(lines)
-
-
-def _shorten(names: Sequence[str]) -> str:
-    """Layer names without their common prefix, which the module column shows."""
-    if len(names) < 2:
-        return names[0] if names else ""
-    parts = [name.split(".") for name in names]
-    common = 0
-    while all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
-        common += 1
-    return ", ".join(".".join(p[common:]) for p in parts)
-
-
-def size_text(nbytes: int) -> str:
-    """Bytes in the unit that keeps them readable, powers of 1,024."""
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
+            notes.append(Note(f"Optimizer states of layers: {size_text(near)}{host}."))
+        return notes

@@ -10,7 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from .gradient_difference import GradientDifference, Tolerance
-from .report import size_text
+from .text import size_text
 
 _SHOWN = 3  # faults in the last line
 

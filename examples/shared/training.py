@@ -1,4 +1,4 @@
-"""What the examples share: options, an ordinary training loop, accuracy. Nothing in the loop knows of slimfit_fx."""
+"""An ordinary training loop and accuracy. Nothing in the loop knows of slimfit_fx."""
 
 from __future__ import annotations
 
@@ -6,82 +6,28 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from meter import MemoryTimeline, PeakMemory
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 import slimfit_fx
 
+from .memory import MemoryTimeline, StepMemory, is_exact
+from .optimizers import OPTIMIZERS
+
 # From the tensors of a batch to the arguments of a transformers model, labels included.
 ToInputs = Callable[[list[Tensor]], dict[str, Tensor]]
-# From parameters and a learning rate; SGD has no states, so that a benchmark sees the activations.
-OPTIMIZERS: Mapping[str, Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]] = {
-    "sgd": lambda parameters, rate: torch.optim.SGD(parameters, lr=rate),
-    "adamw": lambda parameters, rate: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01),
-    "adamw8bit": lambda parameters, rate: _adamw8bit(parameters, rate),
-}
-
-
-def parser(description: str | None, epochs: int, learning_rate: float, baseline_learning_rate: float):
-    """The options of every example; the learning rates are the ones tuned for the two kinds of run."""
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_method_options(options)
-    options.add_argument("--freeze-rate", type=float, default=0.9)
-    options.add_argument("--policy", default="update")
-    options.add_argument("--mode", default="inductor", choices=["inductor", "eager"])
-    options.add_argument(
-        "--learning-rate",
-        type=float,
-        default=None,
-        help=f"default: {learning_rate:g}, for the baselines {baseline_learning_rate:g}",
-    )
-    options.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, help="adamw8bit: needs torchao")
-    options.add_argument("--plot", type=Path, default=None, help="save pictures of the run in this folder")
-    options.add_argument("--epochs", type=int, default=epochs)
-    options.add_argument("--steps", type=int, default=0, help="instead of whole epochs")
-    options.add_argument("--batch", type=int, default=32)
-    options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options.add_argument("--json", default=None, help="append the result to this file")
-    options.set_defaults(learning_rates=(learning_rate, baseline_learning_rate))
-    return options
-
-
-def add_method_options(parser: argparse.ArgumentParser) -> None:
-    """How the model is trained: with slimfit_fx and which of its options, or without."""
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--baseline", action="store_true", help="plain torch.compile, every layer trains")
-    which.add_argument("--eager-baseline", action="store_true", help="no compiler, every layer trains")
-    parser.add_argument("--preset", default="balanced")
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        type=option,
-        help="any other field of slimfit_fx.Config, for example catch_up=0.5; may be repeated",
-    )
-
-
-def option(text: str) -> tuple[str, Any]:
-    """A field of `slimfit_fx.Config` and its value, JSON or a bare word, from "field=value"."""
-    name, _, value = text.partition("=")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def run(
     model: nn.Module, sets: Mapping[str, TensorDataset], to_inputs: ToInputs, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Trains on `sets["train"]` and prints accuracy on the others, step time, peak memory and the report."""
+    """Trains on `sets["train"]` and prints accuracy on `sets["test"]`, step time, peak memory and the report."""
     device = torch.device(options.device)
     model.to(device).train()
     plain = options.baseline or options.eager_baseline
@@ -94,20 +40,22 @@ def run(
             preset=options.preset,
             freeze_rate=options.freeze_rate,
             policy=options.policy,
+            regions=options.regions,
             mode=options.mode,
             seed=options.seed,
             **dict(options.option),
         )
     result = train(model, sets["train"], to_inputs, options, learning_rate)
-    for part in sets.keys() - {"train"}:
+    for part in ["test"] if options.no_validation else ["validation", "test"]:
         result[f"{part}_accuracy"] = accuracy(model, sets[part], to_inputs, device)
     if not plain:
         print(slimfit_fx.report(model))
     if options.plot:
         save_pictures(model, sets["train"], to_inputs, options)
     print(
-        f"\ntest accuracy {result['test_accuracy']:.2%}   step {result['step_seconds']:.3f} s   "
-        f"peak over weights and data {result['peak_bytes'] / 2**20:.0f} MiB"
+        f"\ntest accuracy {result['test_accuracy']:.2%}   step {result['step_seconds']:.3f} s   largest peak over "
+        f"weights and data {result['peak_bytes'] / 2**20:.0f} MiB"
+        + ("" if is_exact(device) else " (with memory that is free already: see examples/shared/memory.py)")
     )
     result = {**vars(options), "learning_rate": learning_rate, **result}
     if options.json:
@@ -119,45 +67,48 @@ def run(
 def train(
     model: nn.Module, data: TensorDataset, to_inputs: ToInputs, options: argparse.Namespace, learning_rate: float
 ) -> dict[str, Any]:
-    """The optimizer with linear decay; batches of one size, so that one graph serves them all."""
+    """The optimizer with linear decay; batches of one size, so that one graph serves them all.
+
+    Returns:
+        steps, epochs (a fraction where steps were asked for), loss (the mean of the last 20 steps), step_seconds (the
+        median), first_step_seconds (compilation included), saved_bytes (in use after a forward above its beginning, the
+        median), peak_bytes (the most that any step but the first, which compiles, needs over weights and data).
+    """
     order = torch.Generator().manual_seed(options.seed)
     batches = DataLoader(data, batch_size=options.batch, shuffle=True, drop_last=True, generator=order)
     optimizer = OPTIMIZERS[options.optimizer](model.parameters(), learning_rate)
-    steps = options.steps or options.epochs * len(batches)
+    steps = options.steps or (options.epochs or 1) * len(batches)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     device = torch.device(options.device)
-    memory, seconds, losses = PeakMemory(device), [], []
-    memory.start()
+    memory, seconds, losses = StepMemory(device, optimizer), [], []
     progress = tqdm(total=steps, unit="step", mininterval=1)
     while len(losses) < steps:
         for batch in batches:
             if len(losses) == steps:
                 break
-            start = time.perf_counter()
-            optimizer.zero_grad()
             inputs = {name: tensor.to(device) for name, tensor in to_inputs(batch).items()}
+            memory.begin()
+            start = time.perf_counter()
             loss = model(**inputs).loss
+            memory.after_forward()
             loss.backward()
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
             seconds.append(time.perf_counter() - start)
+            memory.end()
+            optimizer.zero_grad()
             progress.set_postfix(loss=f"{statistics.mean(losses[-20:]):.3f}", refresh=False)
             progress.update()
     progress.close()
     return {
         "steps": steps,
+        "epochs": steps / len(batches),
         "loss": statistics.mean(losses[-20:]),
         "step_seconds": statistics.median(seconds),
         "first_step_seconds": seconds[0],
-        "peak_bytes": memory.peak(),
+        **memory.result(),
     }
-
-
-def _adamw8bit(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    from torchao.optim import AdamW8bit
-
-    return AdamW8bit(parameters, lr=rate, weight_decay=0.01)
 
 
 def save_pictures(model: nn.Module, data: TensorDataset, to_inputs: ToInputs, options: argparse.Namespace) -> None:

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from recipe_config import Recipe
-from recipe_data import Data, class_count
-from recipe_tasks import Task, pretrained, pretrained_model, score
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from .config import Recipe
+from .data import Data, class_count
+from .tasks import Task, pretrained, pretrained_model, score
 
 # From an image of any size to one of so many pixels a side.
 View = Callable[[Image.Image, int], Image.Image]

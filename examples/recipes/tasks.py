@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from recipe_config import Recipe
-from recipe_data import Data, class_count, first_line, number_count
 from scipy import stats
 from sklearn import metrics
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, Trainer
+
+from .config import Recipe
+from .data import Data, class_count, first_line, number_count
 
 # By split and metric; shares, not percents.
 Scores = dict[str, dict[str, float]]

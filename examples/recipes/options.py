@@ -1,4 +1,4 @@
-"""The options of `recipe.py`, and what they and a recipe make of transformers' `TrainingArguments`."""
+"""The options of `run.py`, and what they and a recipe make of transformers' `TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import argparse
 from pathlib import Path
 
 import torch
-import training
-from recipe_config import Recipe, recipe_names
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+
+from examples.shared.options import add_method_options
+
+from .config import Recipe, recipe_names
 
 
 def parse(arguments: list[str] | None, description: str | None) -> argparse.Namespace:
@@ -17,7 +19,7 @@ def parse(arguments: list[str] | None, description: str | None) -> argparse.Name
     parser.add_argument("recipe", help=f"one of {', '.join(recipe_names())}, or the path of a .json file")
     parser.add_argument("--data", type=Path, default=None, help="a local folder instead of the hub")
     parser.add_argument("--model", default=None, help="another name or folder for from_pretrained")
-    training.add_method_options(parser)
+    add_method_options(parser)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="instead of the recipe's epochs")

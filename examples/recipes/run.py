@@ -1,11 +1,11 @@
 """Fine-tunes a model by one of the paper's recipes, with transformers' Trainer.
 
-    python examples/recipe.py glue-cola                       data and model from the hub
-    python examples/recipe.py glue-cola --baseline            plain torch.compile
-    python examples/recipe.py glue-cola --eager-baseline      neither
-    python examples/recipe.py cifar10 --data FOLDER --model FOLDER       without a hub
+    python -m examples.recipes.run glue-cola                       data and model from the hub
+    python -m examples.recipes.run glue-cola --baseline            plain torch.compile
+    python -m examples.recipes.run glue-cola --eager-baseline      neither
+    python -m examples.recipes.run cifar10 --data FOLDER --model FOLDER       without a hub
 
-The recipes are the files of examples/recipes; the path of a JSON file of the same form will do as well.
+The recipes are the files of examples/recipes/configs; the path of a JSON file of the same form will do as well.
 docs/recipes.md says more.
 """
 
@@ -20,17 +20,18 @@ import tempfile
 from typing import Any
 
 import torch
-from recipe_config import Recipe, load_recipe
-from recipe_data import load_data
-from recipe_images import image_task
-from recipe_meter import StepMeter
-from recipe_options import find_checkpoint, parse, training_arguments
-from recipe_questions import question_task
-from recipe_tasks import Task, text_task
 from transformers import Trainer, TrainingArguments, set_seed
 
 import slimfit_fx
 from slimfit_fx.integrations import SlimFitCallback
+
+from .config import Recipe, load_recipe
+from .data import load_data
+from .images import image_task
+from .meter import StepMeter
+from .options import find_checkpoint, parse, training_arguments
+from .questions import question_task
+from .tasks import Task, text_task
 
 TASKS = {
     "text classification": text_task,

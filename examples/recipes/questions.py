@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from answers import OUTSIDE, Window, find_answer, find_tokens, score_answers
 from datasets import Dataset
-from recipe_config import Recipe
-from recipe_data import Data
-from recipe_tasks import Scores, Task, pretrained, pretrained_model
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, Trainer
+
+from .answers import OUTSIDE, Window, find_answer, find_tokens, score_answers
+from .config import Recipe
+from .data import Data
+from .tasks import Scores, Task, pretrained, pretrained_model
 
 # What a window has that is not for the model.
 KEYS = ["row", "places"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -11,13 +13,21 @@ from pathlib import Path
 
 import torch
 
+# glibc gives freed memory back at once, so that the resident set is what is in use.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def is_exact(device: torch.device) -> bool:
+    """Whether the memory that is measured is what is in use: on a CPU only if the process began with `ENVIRONMENT`."""
+    return device.type != "cpu" or ENVIRONMENT.items() <= os.environ.items()
+
 
 class PeakMemory:
     """Bytes above the level at `start`, at the highest point since.
 
-    On the CPU the kernel's high-water mark is used (Linux). glibc returns freed memory late; run Python with
-    MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 in the environment to see what is really in use. What it
-    keeps of small blocks all the same does not count where it can be told: not at `start`, nor as `current`.
+    On the CPU the kernel's high-water mark is used (Linux). glibc returns freed memory late; start Python with
+    `ENVIRONMENT` to see what is really in use. What it keeps of small blocks all the same does not count where it can
+    be told: not at `start`, nor as `current`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,6 +51,37 @@ class PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.base
         return _status("VmHWM") - self.base
+
+
+class StepMemory:
+    """What the steps of a training run need over weights and data: states of the optimizer, gradients, activations."""
+
+    def __init__(self, device: torch.device, optimizer: torch.optim.Optimizer) -> None:
+        self._memory, self._optimizer = PeakMemory(device), optimizer
+        self._saved: list[int] = []
+        self._peaks: list[int] = []
+
+    def begin(self) -> None:
+        """Before the forward, when there are no gradients."""
+        self._states = _state_bytes(self._optimizer)
+        self._memory.start()
+
+    def after_forward(self) -> None:
+        self._saved.append(self._memory.current())
+
+    def end(self) -> None:
+        """After the optimizer's step, before its gradients are dropped."""
+        self._peaks.append(self._states + self._memory.peak())
+
+    def result(self) -> dict[str, int]:
+        """saved_bytes: the median after a forward; peak_bytes: the largest; without the first step, which compiles."""
+        saved, peaks = self._saved[1:] or self._saved, self._peaks[1:] or self._peaks
+        return {"saved_bytes": int(statistics.median(saved)), "peak_bytes": max(peaks)}
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
 class MemoryTimeline:

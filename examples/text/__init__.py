@@ -1,0 +1,1 @@
+"""Sentences: film reviews, good or bad."""

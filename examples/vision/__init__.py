@@ -1,0 +1,1 @@
+"""Images: clothes of ten kinds."""
