@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .text import few, wrapped
+
 if TYPE_CHECKING:
     from slimfit_fx.compiler.origin import Origin
-
-_WIDTH = 100
-_SHOWN = 5  # layers that are named
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,8 @@ class Explanation:
         partly = [name for name in self.outside if name not in self.uncovered]
         for what, names in (("In no graph", self.uncovered), ("Partly outside of the graphs", partly)):
             if names:
-                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
                 yield f"\n{what}, so saved as without slimfit_fx ({len(names)}):"
-                yield _item(", ".join(names[:_SHOWN]) + more)
+                yield _item(few(names))
         if self.uncovered or self.outside:
             broken = {origin.broke for origin in self.breaks}
             yield from map(_item, (reason for reason in self.left_out if reason not in broken))
@@ -85,4 +82,4 @@ def _module(path: str) -> str:
 
 
 def _item(text: str) -> str:
-    return textwrap.fill(text, _WIDTH, initial_indent="- ", subsequent_indent="  ", break_long_words=False)
+    return wrapped(f"- {text}")

@@ -10,11 +10,11 @@ from typing import Any
 from slimfit_fx.graph.plan import Plan, SavedTensor
 from slimfit_fx.model.layers import Layer
 from slimfit_fx.module_paths import numbered_block
+from slimfit_fx.sizes import size_text
 
 from . import report_table, summary
 from .gradient_difference import GradientDifference
 from .notes import Note
-from .text import size_text
 
 # a row's bytes: as it is, stored with all gates open, stored at the present gates
 _BYTES = ("bytes", "bytes_stored", "bytes_now")

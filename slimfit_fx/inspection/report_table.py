@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from slimfit_fx.sizes import size_text
+
 from .gradient_difference import GradientDifference
 from .notes import Note
-from .text import aligned_table, size_text
+from .text import aligned_table
 
 _SIZES = ("as it is", "stored", "now")
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from slimfit_fx.sizes import size_text
+
 from .gradient_difference import GradientDifference
 from .notes import Note
 from .report_table import numbers, sizes
-from .text import fitted_table, size_text, wrapped
+from .text import fitted_table, wrapped
 
 LARGEST = 10  # tensors
 _LINES = 8  # of a table of totals or of gradient errors, before the rest is one line

@@ -1,4 +1,4 @@
-"""Text for a person: sizes, names of a few things, tables that fit a screen."""
+"""Text for a person: names of a few things, tables that fit a screen."""
 
 from __future__ import annotations
 
@@ -11,16 +11,6 @@ WIDTH = 100  # columns of a screen
 _NARROWEST = 8  # columns that are left of a shortened cell
 _NAMES = 3  # of a list that is cut
 _NAME = 60  # columns of a name in such a list
-
-
-def size_text(nbytes: int) -> str:
-    """Bytes in the unit that keeps them readable, powers of 1,024."""
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB"):
-        if abs(value) < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
 
 
 def shortened(text: str, width: int) -> str:

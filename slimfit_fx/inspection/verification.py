@@ -9,8 +9,9 @@ from typing import Any
 
 from tabulate import tabulate
 
+from slimfit_fx.sizes import size_text
+
 from .gradient_difference import GradientDifference, Tolerance
-from .text import size_text
 
 _SHOWN = 3  # faults in the last line
 
