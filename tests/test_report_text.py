@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from slimfit_fx.graph.plan import GatedGradient, Plan, SavedTensor
 from slimfit_fx.inspection.gradient_difference import GradientDifference
 from slimfit_fx.inspection.report import Report
-from slimfit_fx.inspection.text import few, shortened, size_text
+from slimfit_fx.inspection.text import few, shortened
 from slimfit_fx.model.layers import Layer
 from slimfit_fx.module_paths import numbered_block
 from slimfit_fx.roles import ROLES
+from slimfit_fx.sizes import size_text
 
 BYTES = ("bytes", "bytes_stored", "bytes_now")
 NAME = st.text("abcxyz_|é\n\u2028 ", min_size=1, max_size=90).filter(str.strip)
