@@ -17,6 +17,8 @@ from slimfit_fx.inspection.plain import interpreter
 from slimfit_fx.model.regions import find_regions
 from slimfit_fx.runtime.registry import session_of
 
+FLOAT_ROLES = [role for role in slimfit_fx.ROLES if role not in ("dropout mask", "indices")]
+
 
 def reference(model: nn.Module, mode: str = "eager", regions: str = "model") -> nn.Module:
     """A copy of `model` compiled by the same code generator, region by region, without the passes."""
