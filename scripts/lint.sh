@@ -12,7 +12,8 @@ else
     .venv-test/bin/ruff check .
     .venv-test/bin/ruff format --check .
 fi
-# passes/ is installed as slimfit_fx.passes: a link shows type checkers the same
+# passes/ is installed as slimfit_fx.passes: links show type checkers the same
+rm -rf build/types
 mkdir -p build/types/slimfit_fx
-ln -sfn ../../../passes build/types/slimfit_fx/passes
+ln -s "$PWD"/slimfit_fx/* "$PWD"/passes build/types/slimfit_fx/
 .venv-test/bin/pyright --pythonpath .venv-test/bin/python

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 
-SMALL = dict(hidden_size=32, num_attention_heads=2, intermediate_size=64)
+SMALL: dict[str, Any] = dict(hidden_size=32, num_attention_heads=2, intermediate_size=64)
 
 
 def bert(depth: int = 3):
