@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
-# Creates .venv-test and runs the tests in two processes; arguments go to pytest.
+# Creates .venv-test and runs the tests in two processes; arguments go to pytest. environment.sh names the variables that
+# choose Python, torch and pins.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ ! -x .venv-test/bin/python ]; then
-    "${PYTHON:-python3}" -m venv .venv-test
-fi
-.venv-test/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[text,vision,test]"
+source scripts/environment.sh text,vision,test,dev
 exec .venv-test/bin/python -m pytest --numprocesses 2 "$@"

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 Built = tuple[nn.Module, Callable[[], dict[str, Any]]]
 
-SIZES = dict(hidden_size=36, num_hidden_layers=2, num_attention_heads=2, intermediate_size=100, vocab_size=50)
-ROTARY = dict(num_key_value_heads=1, head_dim=18, pad_token_id=0, attn_implementation="sdpa")
-NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+SIZES: dict[str, Any] = dict(
+    hidden_size=36, num_hidden_layers=2, num_attention_heads=2, intermediate_size=100, vocab_size=50
+)
+ROTARY: dict[str, Any] = dict(num_key_value_heads=1, head_dim=18, pad_token_id=0, attn_implementation="sdpa")
+NO_DROPOUT: dict[str, Any] = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
 def text(batch: int = 3, length: int = 17) -> dict[str, Tensor]:
@@ -60,7 +62,7 @@ def vit() -> Built:
     return model, lambda: {"pixel_values": torch.randn(1, 3, 224, 224), "labels": torch.randint(0, 2, (1,))}
 
 
-TIMM_VIT = dict(img_size=32, patch_size=8, embed_dim=36, depth=2, num_heads=2)
+TIMM_VIT: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=36, depth=2, num_heads=2)
 MODELS: dict[str, Callable[[], Built]] = {
     "bert": lambda: classifier("Bert", **NO_DROPOUT),
     "bert with dropout": lambda: classifier("Bert"),

@@ -102,7 +102,7 @@ def rounding_as_written() -> Any:
 @rounding_as_written()
 def faults(subject: Subject, preset: str, **config: Any) -> list[str]:
     """What is wrong with `subject` compiled under `preset`: outputs, bytes, gradients, closed layers, recompiles."""
-    options = dict(preset=preset, regions=subject.regions, freeze_rate=0.0, always_open=(), **config)
+    options: dict[str, Any] = dict(preset=preset, regions=subject.regions, freeze_rate=0.0, always_open=(), **config)
     slim = transformed(subject.model, mode="inductor", **options)
     codecs, rounding = TOLERANCES[preset], _ROUNDING[subject.dtype]
     found, opened = [], []
@@ -150,7 +150,7 @@ def closed_layers(slim: nn.Module, subject: Subject) -> tuple[Gradients, Gradien
     gates, layer_of = slimfit_fx.gates(slim), gated_parameters(slim)
     slim.zero_grad()
     losses, found = [], []
-    expected: dict[str, Tensor | None] = dict.fromkeys(layer_of | subject.exact[0])
+    expected: dict[str, Tensor | None] = dict.fromkeys([*layer_of, *subject.exact[0]])
     for turn in subject.turns:
         closed = set(gates.names[turn :: turn + 2])
         gates.set(set(gates.names) - closed)
@@ -159,9 +159,10 @@ def closed_layers(slim: nn.Module, subject: Subject) -> tuple[Gradients, Gradien
         found += wrong
         for name, gradient in subject.exact[turn].items():
             if gradient is not None and layer_of.get(name) not in closed:
-                expected[name] = gradient if expected[name] is None else expected[name] + gradient
+                before = expected[name]
+                expected[name] = gradient if before is None else before + gradient
     gates.set(gates.names)
-    sum(losses).backward()
+    torch.stack(losses).sum().backward()
     return gradients_of(slim), expected, found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import slimfit_fx
 from slimfit_fx import Config
@@ -19,6 +20,8 @@ from slimfit_fx.inspection.handed_over import handed_over as bytes_handed_over
 from slimfit_fx.inspection.plain import interpreter
 from slimfit_fx.model.regions import find_regions
 from slimfit_fx.runtime.registry import session_of
+
+FLOAT_ROLES = [role for role in slimfit_fx.ROLES if role not in ("dropout mask", "indices")]
 
 
 def reference(model: nn.Module, mode: str = "eager", regions: str = "model") -> nn.Module:
@@ -41,19 +44,16 @@ def transformed(model: nn.Module, **config: Any) -> nn.Module:
 
 def loss_of(outputs: Any) -> Tensor:
     """A scalar that depends on every float output."""
-    return sum(
-        (t.float() * torch.linspace(0.5, 1.5, t.numel()).view(t.shape)).sum()
-        for t in tensors(outputs)
-        if t.requires_grad
-    )
+    parts = (t.float() * torch.linspace(0.5, 1.5, t.numel()).view(t.shape) for t in tensors(outputs) if t.requires_grad)
+    return sum((part.sum() for part in parts), torch.zeros(()))
 
 
 def tensors(outputs: Any) -> list[Tensor]:
     """The tensors in what a model returned, whatever container they are in."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
-def run(model: nn.Module, inputs: dict[str, Any], seed: int = 0) -> tuple[Any, dict[str, Tensor | None]]:
+def run(model: nn.Module, inputs: dict[str, Any], seed: int = 0) -> tuple[Any, dict[str, Any]]:
     """One forward and backward from `seed`: the outputs, and the gradients by parameter name."""
     model.zero_grad()
     torch.manual_seed(seed)
@@ -62,7 +62,8 @@ def run(model: nn.Module, inputs: dict[str, Any], seed: int = 0) -> tuple[Any, d
     return outputs, gradients(model)
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+def gradients(model: nn.Module) -> dict[str, Any]:
+    """The gradients by parameter name: a tensor or None."""
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 

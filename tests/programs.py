@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ STEPS = (
     "scaled",  # layer scale
 )
 # no powers of two, one that is a multiple of nothing but 4 and 43, a row longer than any group
-AWKWARD = dict(widths=(36, 100, 144, 172, 688), lengths=(1, 7, 8, 17, 197), batches=(1, 2, 3))
+AWKWARD: dict[str, Any] = dict(widths=(36, 100, 144, 172, 688), lengths=(1, 7, 8, 17, 197), batches=(1, 2, 3))
 
 
 @dataclass(frozen=True)

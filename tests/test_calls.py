@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from slimfit_fx.runtime.registry import session_of
 
 def test_a_report_after_an_evaluation_is_of_the_last_training_forward():
     model = Net()
-    compiled = torch.compile(model, backend="slimfit_fx", mode="eager")
+    compiled: Any = torch.compile(model, backend="slimfit_fx", mode="eager")
     for asked, call in ((model, compiled), (transformed(Net()),) * 2):
         call(X).sum().backward()
         before = slimfit_fx.report(asked).to_json()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def test_an_update_is_as_much_longer_as_the_layer_missed(make, exponent):
         slimfit_fx.transform(model, mode="eager", freeze_rate=0.5, always_open=(), catch_up=catch_up)
         optimizer, gates = make(model.parameters()), slimfit_fx.gates(model)
         groups = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
+        before = torch.empty(0)
         for step in range(5):
             slimfit_fx.scheduler(model).step()
             gates.set(["0.weight"] if step in (0, 4) else [])
@@ -83,7 +85,9 @@ def test_momentum_fades_as_without_gradients(make, name, decay):
 
 
 def test_a_run_with_everything_on_resumes_bit_for_bit():
-    config = dict(mode="eager", freeze_rate=0.6, always_open=(), catch_up=0.5, decay_moments=True, min_open_steps=2)
+    config: dict[str, Any] = dict(
+        mode="eager", freeze_rate=0.6, always_open=(), catch_up=0.5, decay_moments=True, min_open_steps=2
+    )
     config |= dict(rate_schedule="cosine", rise_steps=4, warmup_steps=1, closed_state="none", closed_state_after=2)
 
     def train(model, optimizer, steps):

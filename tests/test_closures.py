@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def evaluation(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, to
         losses = [loss_of(model, parts * seed + part) for part in range(parts)]
         for loss in losses:
             loss.backward()
-        return sum(losses)
+        return torch.stack(losses).sum()
 
     return closure
 
@@ -78,7 +79,7 @@ def trained(step, make=adamw, **options) -> tuple[dict[str, torch.Tensor], dict]
     return weights(model), slimfit_fx.scheduler(model).state_dict()
 
 
-MAKEUP = dict(catch_up=1.0, decay_moments=True, closed_state="none", closed_state_after=2)
+MAKEUP: dict[str, Any] = dict(catch_up=1.0, decay_moments=True, closed_state="none", closed_state_after=2)
 
 
 @pytest.mark.parametrize("options", [{}, MAKEUP, {"min_open_steps": 2}], ids=["plain", "made up for", "held"])
@@ -261,7 +262,7 @@ def test_lbfgs_keeps_its_memory_while_its_first_layer_is_closed():
 
 
 def test_lbfgs_resumes_bit_for_bit():
-    config = dict(freeze_rate=0.6, policy="static", always_open=["1.0"])
+    config: dict[str, Any] = dict(freeze_rate=0.6, policy="static", always_open=["1.0"])
     whole = transformed(net(3), **config)
     optimizer = lbfgs(whole.parameters())
     for _ in range(2):

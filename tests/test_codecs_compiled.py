@@ -5,6 +5,8 @@ Inductor's C++ loop splits are not guarded here: the layout alone has to give in
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from test_codecs import LOSSY
@@ -25,7 +27,7 @@ def examples(codec: Codec, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
     return [x > 0 for x in tensors] if isinstance(codec, BitMask) else tensors
 
 
-def compiled(function, dynamic: bool):
+def compiled(function, dynamic: bool) -> Any:
     """`function` as the passes have it: traced with fake tensors and sizes, which Dynamo does not look into."""
     inner = torch._dynamo.allow_in_graph(function)
     return torch.compile(lambda argument: inner(argument), fullgraph=True, dynamic=dynamic)

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import slimfit_fx
@@ -49,7 +49,7 @@ def run_workers(target, *arguments) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_worker, (target, port, arguments), nprocs=WORLD)
+    spawn(_worker, (target, port, arguments), nprocs=WORLD)
 
 
 def _worker(rank: int, target, port: int, arguments) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ class Between(nn.Module):
 def test_a_piece_without_layers_may_run_eagerly(way):
     plain = Between(with_layer=False)
     slim = copy.deepcopy(plain)
-    options = dict(mode="eager", preset="exact", always_open=())
+    options: dict[str, Any] = dict(mode="eager", preset="exact", always_open=())
     if way == "transform":
         call = slimfit_fx.transform(slim, **options)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import peft
 import pytest
@@ -15,7 +16,9 @@ import slimfit_fx
 from slimfit_fx import Config, SlimFitWarning
 from slimfit_fx.model.layers import find_layers
 
-TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+TINY: dict[str, Any] = dict(
+    vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+)
 
 
 def bert(kind=transformers.BertForSequenceClassification):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 from unittest import mock
 
 import torch
@@ -81,7 +82,7 @@ def test_a_backward_uses_the_gates_of_its_own_forward(program: Program, data):
     run(slim, program.inputs())  # captured once
     slim.zero_grad()
 
-    losses, expected = [], {name: None for name, _ in model.named_parameters()}
+    losses, expected = [], dict[str, Any].fromkeys(name for name, _ in model.named_parameters())
     with no_recompile():
         for turn in range(3):
             frozen = choose_gates(data, slim)
@@ -92,7 +93,7 @@ def test_a_backward_uses_the_gates_of_its_own_forward(program: Program, data):
                 if gradients[name] is not None:
                     expected[name] = gradients[name] + (0 if expected[name] is None else expected[name])
         choose_gates(data, slim)
-        sum(losses).backward()
+        torch.stack(losses).sum().backward()
     assert_gradients_match({name: p.grad for name, p in slim.named_parameters()}, expected)
 
 
@@ -122,6 +123,7 @@ def test_report_counts_what_is_handed_over(program: Program, data):
     slimfit_fx.gates(slim).set([])
     static = sum(row["bytes_stored"] for row in slimfit_fx.report(slim).rows if row["kind"] == "static")
     assert handed_over(slim(**inputs), slim, inputs) == static
+    report = slimfit_fx.report(slim)
     assert len(report.rows) == sum(total["tensors"] for total in report.by_role())
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -9,7 +11,9 @@ from torch import nn
 from slimfit_fx import Config, ConfigError, ModelError
 from slimfit_fx.model.layers import find_head, find_layers
 
-TINY = dict(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+TINY: dict[str, Any] = dict(
+    vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
+)
 
 
 @pytest.fixture

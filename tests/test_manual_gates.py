@@ -32,8 +32,9 @@ def backward(model: nn.Module) -> list[str]:
     model(torch.randn(3, 4)).square().sum().backward()
     trained = [name for name, p in model.named_parameters() if name in NAMES and p.grad is not None]
     for name, parameter in model.named_parameters():
-        if kept[name] is not None:
-            parameter.grad = kept[name] if parameter.grad is None else parameter.grad + kept[name]
+        before = kept[name]
+        if before is not None:
+            parameter.grad = before if parameter.grad is None else parameter.grad + before
     return trained
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -12,8 +14,8 @@ from helpers import gated_parameters, given_to_regions, handed_over, no_recompil
 import slimfit_fx
 from slimfit_fx.runtime.registry import session_of
 
-SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-TIMM = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
+SMALL: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+TIMM: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
 
 
 def text(length: int = 7, batch: int = 3) -> dict[str, torch.Tensor]:
@@ -82,7 +84,7 @@ def classifier(name: str, **more):
     return getattr(transformers, f"{name}ForSequenceClassification")(config), labelled_text()
 
 
-GROUPED = dict(num_key_value_heads=1, head_dim=16)
+GROUPED: dict[str, Any] = dict(num_key_value_heads=1, head_dim=16)
 # looked at once, with half of the layers frozen
 OTHERS = {
     "distilbert": lambda: classifier("DistilBert", dim=32, n_layers=2, n_heads=2, hidden_dim=64),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ TOLERANCE = {"exact": 1e-5, "balanced": 0.02, "tight": 0.2, "paper": 0.2}
 
 
 class Base(nn.Module):
+    state: Tensor
+
     def __init__(self):
         super().__init__()
         self.a, self.b, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
@@ -75,7 +78,7 @@ class DataInThePlaceOf(Base):
 MODELS = [Decay, Counter, Running, OldAndNew, PartOfIt, Data, DataInThePlaceOf]
 
 
-def trained(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+def trained(model: nn.Module) -> tuple[dict[str, Any], Any]:
     torch.manual_seed(1)
     for _ in range(2):
         x = torch.randn(8, 16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import transformed
@@ -102,8 +104,8 @@ def in_backward(model: nn.Module, make) -> dict[nn.Parameter, torch.optim.Optimi
 @pytest.mark.parametrize("policy", POLICIES)
 def test_optimizers_in_the_backward(policy, options):
     """The run of one optimizer behind it, bit for bit."""
-    options = dict(freeze_rate=0.5, policy=policy, always_open=(), **options)
-    behind, within = transformed(net(), **options), transformed(net(), **options)
+    config: dict[str, Any] = dict(freeze_rate=0.5, policy=policy, always_open=(), **options)
+    behind, within = transformed(net(), **config), transformed(net(), **config)
     make = lambda parameters: torch.optim.AdamW(parameters, lr=0.01)  # noqa: E731
     optimizer, optimizers = make(behind.parameters()), in_backward(within, make)
     for seed in range(10):

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def net() -> nn.Module:
 @functools.cache
 def trained(policy: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """One model for all examples of a policy."""
-    options = dict(freeze_rate=0.6, always_open=(), catch_up=0.5, decay_moments=True, min_open_steps=2)
+    options: dict[str, Any] = dict(freeze_rate=0.6, always_open=(), catch_up=0.5, decay_moments=True, min_open_steps=2)
     model = transformed(net(), policy=policy, rate_schedule="cosine", rise_steps=3, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     steps(model, optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ import slimfit_fx
 from slimfit_fx import StateError
 
 pytest.importorskip("accelerate")
-transformers = pytest.importorskip("transformers")
-from slimfit_fx.integrations import SlimFitCallback  # noqa: E402
+pytest.importorskip("transformers")
+import transformers
+
+from slimfit_fx.integrations import SlimFitCallback
 
 WIDTH = 16
 
@@ -94,8 +97,8 @@ def test_the_log_has_the_figures(tmp_path):
 @pytest.mark.parametrize("restore", [False, True])
 def test_a_resumed_run_is_bit_equal(tmp_path, restore):
     model, data = model_and_data()
-    config = dict(freeze_rate=0.5, catch_up=0.5)
-    options = dict(save_strategy="steps", save_steps=3, restore_callback_states_from_checkpoint=restore)
+    config: dict[str, Any] = dict(freeze_rate=0.5, catch_up=0.5)
+    options: dict[str, Any] = dict(save_strategy="steps", save_steps=3, restore_callback_states_from_checkpoint=restore)
     whole, resumed = transformed(model, **config), transformed(model, **config)
     trained(whole, data, tmp_path, [SlimFitCallback()], **options)
     trained(resumed, data, tmp_path, [SlimFitCallback()], resume=str(tmp_path / "checkpoint-3"), **options)
@@ -121,7 +124,7 @@ def test_a_model_that_is_not_transformed_is_named(tmp_path):
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     model, data = model_and_data()
-    options = dict(
+    options: dict[str, Any] = dict(
         save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True
     )
     slim = transformed(model, freeze_rate=0.5)

@@ -5,49 +5,14 @@ from __future__ import annotations
 import copy
 import gc
 
-import helpers
 import pytest
 import torch
-import transformers
 from helpers import no_recompile
 from torch import nn
+from training_loops import adamw, assert_same, batches, net, plain_loop, transformed
 
 import slimfit_fx
 from slimfit_fx.runtime.registry import session_of
-from slimfit_fx.runtime.session import Session
-
-WIDTH = 8
-
-
-def net(depth: int = 3) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(depth)))
-
-
-def batches(count: int, rows: int = 4):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(rows, WIDTH, generator=generator) for _ in range(count)]
-
-
-def transformed(model: nn.Module, **config) -> nn.Module:
-    return helpers.transformed(model, **{"freeze_rate": 0.0, "always_open": (), **config})
-
-
-def assert_same(slim: nn.Module, model: nn.Module, tolerance: float = 1e-5) -> None:
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(slim.state_dict()[name], value, rtol=tolerance, atol=tolerance)
-
-
-def adamw(parameters, **options) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=0.01, **options)
-
-
-def plain_loop(model, make=adamw, steps: int = 6) -> None:
-    optimizer = make(model.parameters())
-    for x in batches(steps):
-        optimizer.zero_grad()
-        model(x).square().sum().backward()
-        optimizer.step()
 
 
 def clipped(model) -> None:
@@ -110,6 +75,8 @@ def with_a_compiled_step(model) -> None:
 
 
 LOOPS = [clipped, accumulated, with_groups_and_schedule, with_two_optimizers, with_evaluation_between]
+
+
 LOOPS.append(with_a_compiled_step)
 
 
@@ -219,76 +186,6 @@ def test_moving_averages_of_the_weights():
     assert session_of(averages[1]) is None, "a copy is a plain model"
 
 
-def tiny_llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        tie_word_embeddings=True, max_position_embeddings=32,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).train()
-
-
-def tokens(batch: int = 2, length: int = 8) -> dict[str, torch.Tensor]:
-    ids = torch.randint(0, 32, (batch, length), generator=torch.Generator().manual_seed(batch * length))
-    return {"input_ids": ids, "labels": ids}
-
-
-def language_loop(model, steps: int = 3, **inputs) -> None:
-    optimizer = adamw([p for p in model.parameters() if p.requires_grad])
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(**(inputs or tokens())).loss.backward()
-        optimizer.step()
-
-
-def train_open_and_frozen(model: nn.Module, **frozen_config) -> nn.Module:
-    """Trains the model, a copy with all gates open, which must stay the same and is returned, and one half frozen."""
-    slim, frozen = transformed(model), transformed(model, freeze_rate=0.5, **frozen_config)
-    for each in (model, slim, frozen):
-        language_loop(each)
-    assert_same(slim, model, 1e-4)
-    assert slimfit_fx.scheduler(frozen).state.step == 3
-    return slim
-
-
-def test_tied_embeddings_and_generation():
-    model = tiny_llama()
-    slim = transformed(model)
-    language_loop(model)
-    language_loop(slim)
-    assert_same(slim, model, 1e-4)
-    prompt = tokens()["input_ids"]
-    generated = [m.eval().generate(prompt, max_new_tokens=4, do_sample=False) for m in (model, slim)]
-    assert torch.equal(*generated)
-    slim.train()
-    language_loop(slim, 1)
-
-
-def test_checkpointed_blocks_of_transformers():
-    model = tiny_llama()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    train_open_and_frozen(model, preset="balanced")
-
-
-def test_adapters_are_layers():
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, init_lora_weights=False)
-    torch.manual_seed(0)
-    model = peft.get_peft_model(tiny_llama(), config)
-    slim = train_open_and_frozen(model)
-    assert all("lora" in name for name in slimfit_fx.gates(slim).names)
-    assert len(slimfit_fx.gates(slim)) == 8
-
-
-def test_changing_batches_recompile_once():
-    slim = transformed(tiny_llama(), freeze_rate=0.5)
-    for batch, length in ((2, 8), (3, 9)):
-        language_loop(slim, 1, **tokens(batch, length))
-    with no_recompile():
-        for batch, length in ((4, 11), (5, 6), (2, 8)):
-            language_loop(slim, 1, **tokens(batch, length))
-
-
 def test_a_thousand_steps():
     """No recompile, and nothing piles up: neither objects nor history beyond its bound."""
     slim = transformed(net(6), freeze_rate=0.7, catch_up=0.5, decay_moments=True)
@@ -305,50 +202,3 @@ def test_a_thousand_steps():
                 counts.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
     assert counts[0] >= counts[1] >= counts[2]
     assert len(slimfit_fx.graphs(slim)) == 1
-
-
-def test_states_of_closed_layers_are_dropped():
-    slim = transformed(net(8), freeze_rate=0.75, policy="random", closed_state="none", closed_state_after=3)
-    optimizer = adamw(slim.parameters())
-    session = session_of(slim)
-    assert isinstance(session, Session)
-    for x in batches(30):
-        optimizer.zero_grad()
-        slim(x).square().sum().backward()
-        optimizer.step()
-        missed = session.scheduler._state.missed
-        open_now = slimfit_fx.gates(slim).table.tolist()
-        for layer, name in enumerate(slimfit_fx.gates(slim).names):
-            has_state = bool(optimizer.state.get(slim.get_parameter(name)))
-            assert not has_state or open_now[layer] or missed[layer] + 1 < 3
-    assert all(torch.isfinite(value).all() for value in slim.state_dict().values())
-
-
-def test_states_on_the_host_change_nothing():
-    """On a CPU the host is where they are; on a GPU this is the test of the copies."""
-    device = torch.accelerator.current_accelerator() or "cpu"
-    results = []
-    for place in ("device", "host"):
-        slim = transformed(net(8).to(device), freeze_rate=0.75, closed_state=place, closed_state_after=2)
-        optimizer = adamw(slim.parameters())
-        for x in batches(12):
-            optimizer.zero_grad()
-            slim(x.to(device)).square().sum().backward()
-            optimizer.step()
-        results.append(slim.state_dict())
-        optimizer.load_state_dict(optimizer.state_dict())
-    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
-
-
-def test_the_report_counts_optimizer_states():
-    slim = transformed(net(4), freeze_rate=0.5)
-    plain_loop(slim, steps=1)
-    slim(batches(1)[0])
-    assert "optimizer states" not in str(slimfit_fx.report(slim)), "no optimizer is alive"
-    optimizer = adamw(slim.parameters())
-    slim(batches(1)[0]).sum().backward()
-    optimizer.step()
-    report = slimfit_fx.report(slim)
-    gated = sum(p.nbytes for p in slim.parameters() if p.grad is not None and p.dim() > 1)
-    assert report.optimizer_bytes == (2 * gated, 0)
-    assert "Optimizer states of layers: " in str(report)

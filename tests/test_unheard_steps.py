@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_other_loops_are_not_warned_of(loop):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_step_by_hand_is_worth_one_of_an_optimizer(policy):
     """The same gates, scores and weights as with an optimizer over the parameters themselves."""
-    options = dict(freeze_rate=0.5, policy=policy, always_open=())
+    options: dict[str, Any] = dict(freeze_rate=0.5, policy=policy, always_open=())
     heard, unheard = transformed(net(), **options), transformed(net(), **options)
     optimizer, masters = torch.optim.AdamW(heard.parameters(), lr=0.01), Masters(unheard, copied)
     for seed in range(12):

@@ -1,4 +1,4 @@
-"""`slimfit_fx.verify`: what it says of models that are right, which faults it sees, and that it leaves no trace."""
+"""`slimfit_fx.verify`: what it says of models that are right, and that it leaves no trace."""
 
 from __future__ import annotations
 
@@ -10,44 +10,13 @@ import pytest
 import torch
 from helpers import no_recompile
 from torch import Tensor, nn
+from word_classifier import Classifier, batch
 
 import slimfit_fx
 from slimfit_fx import ModelError, StateError
 from slimfit_fx.inspection.gradient_difference import TOLERANCES
 from slimfit_fx.presets import PRESETS
 from slimfit_fx.runtime.registry import session_of
-
-
-class Classifier(nn.Module):
-    """Embeds words, looks at them, and returns a mapping with a loss, a tuple or a tensor."""
-
-    def __init__(self, returns: str = "loss", dropout: float = 0.0) -> None:
-        super().__init__()
-        self.embed, self.norm = nn.Embedding(11, 16), nn.LayerNorm(16)
-        self.up, self.down, self.head = nn.Linear(16, 36), nn.Linear(36, 16), nn.Linear(16, 3)
-        self.dropout, self.returns = nn.Dropout(dropout), returns
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, words: Tensor, labels: Tensor | None = None) -> object:
-        self.calls.add_(1)
-        x = self.norm(self.embed(words))
-        logits = self.head(x + self.dropout(self.down(nn.functional.gelu(self.up(x))))).mean(1)
-        if self.returns == "tensor":
-            return logits
-        loss = nn.functional.cross_entropy(logits, labels)
-        return Output(loss, logits) if self.returns == "loss" else (loss, logits)
-
-
-class Output(dict):
-    """As transformers' ModelOutput: a dict with attributes."""
-
-    def __init__(self, loss: Tensor, logits: Tensor) -> None:
-        super().__init__(loss=loss, logits=logits)
-        self.loss = loss
-
-
-def batch(size: int = 4) -> dict[str, Tensor]:
-    return {"words": torch.randint(0, 11, (size, 7)), "labels": torch.randint(0, 3, (size,))}
 
 
 @pytest.fixture
@@ -209,77 +178,6 @@ def test_what_is_to_be_verified_is_said(model):
 
 def test_every_preset_has_a_tolerance():
     assert set(TOLERANCES) == set(PRESETS)
-
-
-def spoiled(monkeypatch, change) -> slimfit_fx.Verification:
-    """What is said when `change(gradients)` happens to what the compiled backward returns."""
-    import slimfit_fx.compiler.backend
-
-    def drop_closed(backward, capture):
-        def run(arguments):
-            return change(good(arguments), capture)
-
-        good = untouched(backward, capture)
-        run._boxed_call = True
-        return run
-
-    untouched = slimfit_fx.compiler.backend._drop_closed
-    monkeypatch.setattr(slimfit_fx.compiler.backend, "_drop_closed", drop_closed)
-    torch.manual_seed(0)
-    found = slimfit_fx.verify(Classifier(), batch(), mode="eager")
-    assert not found.ok
-    assert str(found).splitlines()[-1].startswith("NOT well (preset 'balanced', mode 'eager'): ")
-    return found
-
-
-def replaced(factor: float):
-    """One weight's gradient times `factor`."""
-
-    def change(gradients, capture):
-        place = next(g.output for g in capture.plan.gradients if gradients[g.output] is not None)
-        gradients[place] = gradients[place] * factor
-        return gradients
-
-    return change
-
-
-@pytest.mark.parametrize("factor", [0.0, -1.0, 4000.0, 0.5, float("nan")])
-def test_a_wrong_gradient_is_seen(monkeypatch, factor):
-    found = spoiled(monkeypatch, replaced(factor))
-    assert any("the gradient of embed.weight is off by" in fault for fault in found.faults)
-
-
-def test_a_missing_gradient_is_seen(monkeypatch):
-    found = spoiled(monkeypatch, lambda gradients, _: [None] * len(gradients))
-    assert any("open layers have no gradient" in fault for fault in found.faults)
-
-
-def test_a_gradient_of_a_closed_layer_is_seen(monkeypatch):
-    def change(gradients, capture):
-        for gradient in capture.plan.gradients:
-            if gradients[gradient.output] is None:
-                gradients[gradient.output] = torch.zeros(11, 16) if gradient.gate == 0 else None
-        return gradients
-
-    found = spoiled(monkeypatch, change)
-    assert "closed layers have gradients (embed.weight)" in found.faults
-
-
-def test_a_wrong_forward_and_wrong_bytes_are_seen(monkeypatch):
-    import slimfit_fx.inspection.runs
-
-    torch.manual_seed(0)
-    model = Classifier()
-    call = slimfit_fx.inspection.runs.Watched._run
-    monkeypatch.setattr(
-        slimfit_fx.inspection.runs.Watched,
-        "_run",
-        lambda self, *a: [x * (1 + 1e-6) if x.dim() else x for x in call(self, *a)],
-    )
-    monkeypatch.setattr(slimfit_fx.inspection.runs, "handed_over", lambda *_: 1)
-    found = slimfit_fx.verify(model, batch(), mode="eager")
-    assert any("the outputs with all gates open are" in fault for fault in found.faults)
-    assert any("1 bytes are handed to the backward, the report says" in fault for fault in found.faults)
 
 
 def test_a_model_whose_own_gradients_are_not_finite_is_not_called_right(model):

@@ -24,9 +24,9 @@ class Gates(MutableMapping[str, bool]):
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
+        self.names: tuple[str, ...] = tuple(names)
         # on the CPU whatever torch.set_default_device says: reading it must not wait for a device
-        self.table = torch.ones(len(self.names), dtype=torch.bool, device="cpu")
+        self.table: torch.Tensor = torch.ones(len(self.names), dtype=torch.bool, device="cpu")
         self._by_hand: dict[int, bool] = {}  # since the last forward
         self._index = {name: index for index, name in enumerate(self.names)}
 

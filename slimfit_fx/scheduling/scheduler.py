@@ -48,7 +48,7 @@ class Scheduler:
         self, gates: Gates, layers: Sequence[Layer], parameters: Mapping[str, nn.Parameter], config: Config
     ) -> None:
         self.gates = gates
-        self.history = History(gates.names)
+        self.history: History = History(gates.names)
         self.plan: Plan | None = None
         self.optimizers: WeakSet[Optimizer] = WeakSet()
         self._config = config
