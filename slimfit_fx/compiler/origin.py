@@ -32,13 +32,14 @@ class Origin:
 def origin_of(module: fx.GraphModule, path: str) -> Origin:
     """The origin of the graph that Dynamo is handing to its backend now."""
     reason = getattr(module, "compile_subgraph_reason", None)
-    broke = reason is not None and reason.graph_break
-    frames = reason.user_stack if broke else ()
+    if reason is not None and not reason.graph_break:
+        reason = None
+    frames = reason.user_stack if reason else ()
     return Origin(
         path=path,
         number=str(CompileContext.current_compile_id() or ""),
         changed=_changed(get_metrics_context()._metrics.get("recompile_reason") or ""),
-        broke=in_short(reason.reason) if broke else "",
+        broke=in_short(reason.reason) if reason else "",
         place=f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "",
     )
 
