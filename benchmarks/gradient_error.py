@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import finetune_text
 
 from slimfit_fx import Config
-from slimfit_fx.codecs import Codec, Derivative, FixedPoint, Float8, Quantize, Recompute, TopK, TopOfBlock
+from slimfit_fx.codecs import Derivative, FixedPoint, Float8, Format, Quantize, Recompute, TopK, TopOfBlock
 from slimfit_fx.inspection.gradient_difference import gradient_errors
 from slimfit_fx.inspection.probe import sample_gradients
 from slimfit_fx.presets import PRESETS
 
-GENERAL: list[Codec] = [
+GENERAL: list[Format] = [
     Quantize(8, 128),
     Float8("e4m3", 128),
     Quantize(4, 64),
@@ -42,7 +42,7 @@ GENERAL: list[Codec] = [
     Quantize(2, 64, symmetric=False, stochastic=True),
     TopOfBlock(8),
 ]
-CANDIDATES: dict[str, list[Codec]] = {
+CANDIDATES: dict[str, list[Format]] = {
     "activation input": [
         *GENERAL,
         FixedPoint(4, 0.5, -4.0),

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from slimfit_fx.analysis.find_rows import Rows, find_rows
 from slimfit_fx.codecs import Codec
+from slimfit_fx.errors import ConfigError
 from slimfit_fx.graph.nodes import (
     VIEWS,
     aten,
@@ -36,9 +37,18 @@ def compress(split: SplitGraph, plan: Plan) -> None:
     """Applies the codec of every row of the plan whose tensor is still saved, and notes the bytes of its parts.
 
     Tensors that share a storage share its fate: if one of them is stored as it is, so are the others.
+
+    Raises:
+        ConfigError: a choice is left that no pass has decided: one of the user's own.
     """
     saved = [(produced, taken, row) for produced, taken in split.saved() if (row := plan.find(taken.name)) is not None]
     saved = [(produced, taken, row) for produced, taken, row in saved if not row.borrowed]
+    for _, _, row in saved:
+        if row.undecided is not None:
+            raise ConfigError(
+                f"no pass decides {row.undecided!r}, which is chosen for a tensor of the role {row.role!r}: add one "
+                "before compress to slimfit_fx.compiler.pipeline.SPLIT_PASSES that calls row.decide"
+            )
     whole = {storage_of(produced) for produced, taken, row in saved if not _encodes(row, taken)}
     counted, traces = set(), _Traces()
     for produced, taken, row in saved:

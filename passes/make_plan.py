@@ -57,7 +57,7 @@ def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: Code
             )
         )
     mark_exact(split, plan, rules)
-    _choose_codecs(plan, rules)
+    _choose(plan, rules)
     return plan
 
 
@@ -81,14 +81,14 @@ def _bytes_of_storages(split: SplitGraph) -> dict[Any, Iterator[int]]:
     return {storage: iter(sizes) for storage, sizes in shares.items()}
 
 
-def _choose_codecs(plan: Plan, rules: CodecRules) -> None:
-    """Notes the codec of each tensor. What is much smaller than the others keeps its precision unless asked for."""
+def _choose(plan: Plan, rules: CodecRules) -> None:
+    """Notes what is wanted for each tensor. What is much smaller than others keeps its precision unless asked for."""
     choices = [
         (row, *rules.chosen(row.role, row.module, getattr(torch, row.dtype)))
         for row in plan.saved
         if not row.borrowed and row.role != GATES
     ]
-    largest = max((row.nbytes for row, _, codec in choices if codec is not None), default=0)
-    for row, asked, codec in choices:
+    largest = max((row.nbytes for row, _, choice in choices if choice is not None), default=0)
+    for row, asked, choice in choices:
         if asked or row.nbytes * _SMALL >= largest:
-            row.codec = codec
+            row.want(choice)
