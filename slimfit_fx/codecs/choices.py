@@ -6,6 +6,7 @@ is decided later may be one, and nothing else may.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, get_args, get_type_hints
@@ -13,13 +14,15 @@ from typing import Any, ClassVar, get_args, get_type_hints
 import torch
 
 from slimfit_fx.errors import ConfigError
-from slimfit_fx.roles import EXACT, ROLES
+from slimfit_fx.roles import ROLES
 
 from .codec import Codec
 from .format import Format
 from .prune import TopK
 from .quantize import Quantize
 
+# Only products read these: no pointwise function does, nor a norm.
+_OPERANDS = {"linear input", "feed-forward input", "attention operand", "convolution input"}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -44,6 +47,11 @@ class Choice(Format):
             self._check(name, getattr(self, name), allowed)
 
     @property
+    @abstractmethod
+    def label(self) -> str:
+        """A few words for tables."""
+
+    @property
     def formats(self) -> list[Format]:
         """What it may come to, None left out."""
         found = (getattr(self, name) for name in _formats_of(type(self)))
@@ -56,9 +64,8 @@ class Choice(Format):
         """Raises `ConfigError` if tensors of this role never are what it, or a choice in it, is for."""
         if role not in self.roles:
             raise ConfigError(
-                f"codecs[{role!r}]: {type(self).__name__} does nothing there, it is for the roles "
-                f"{', '.join(map(repr, self.roles))}. A codec by itself can be chosen for {role!r}, for example "
-                "Quantize(8)."
+                f"codecs[{role!r}]: {type(self).__name__} finds nothing to do there. Choose a codec by itself, for "
+                f"example Quantize(8); roles that it is for are {', '.join(map(repr, self.roles))}."
             )
         for format in self.formats:
             if isinstance(format, Choice):
@@ -109,7 +116,7 @@ class WhenFrozen(Choice):
 
     codec: Codec | None = TopK(0.1)  # noqa: RUF009  (frozen)
 
-    roles = ("norm input", "other", EXACT)
+    roles = tuple(role for role in ROLES if role not in {*_OPERANDS, "softmax output", "logits"})
 
     @property
     def label(self) -> str:
@@ -153,8 +160,7 @@ class Derivative(Choice):
     codec: Codec | None = Quantize(4)  # noqa: RUF009  (frozen)
     otherwise: Codec | Recompute | WhenFrozen | None = Quantize(8)  # noqa: RUF009  (frozen)
 
-    # the input of a function that the model spells out is "other"
-    roles = ("activation input", "activation output", "other", EXACT)
+    roles = tuple(role for role in ROLES if role not in _OPERANDS)
 
     @property
     def label(self) -> str:

@@ -29,7 +29,7 @@ class SavedTensor:
         rebuildable: whether it is left out if it can be computed from other saved tensors.
         choice: what the configuration wants for it; None stores it as it is.
         undecided: the choice that is left to a pass that is still to come.
-        codec: what is used for it; None stores it as it is. A choice's is known when its pass has run.
+        codec: what stores it, if it is not rebuilt; None, as it is. What a choice comes to is known behind its pass.
         stored: bytes of what is handed over in its place.
         form: how it is stored, in words: the codec that was used; `"rebuilt"`, point by point, or `"recomputed"`, with
             matrix products, from others; `""` for as it is.
