@@ -12,13 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
-from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from slimfit_fx.analysis.find_rows import Rows, find_rows
 from slimfit_fx.codecs import Codec
-from slimfit_fx.errors import ConfigError
 from slimfit_fx.graph.nodes import (
     VIEWS,
     aten,
@@ -31,24 +28,20 @@ from slimfit_fx.graph.nodes import (
 )
 from slimfit_fx.graph.plan import Plan, SavedTensor
 from slimfit_fx.graph.split import SplitGraph
+from slimfit_fx.torch_internals import detect_fake_mode, select_decomp_table
 
 
 def compress(split: SplitGraph, plan: Plan) -> None:
     """Applies the codec of every row of the plan whose tensor is still saved, and notes the bytes of its parts.
 
     Tensors that share a storage share its fate: if one of them is stored as it is, so are the others.
-
-    Raises:
-        ConfigError: a choice is left that no pass has decided: one of the user's own.
+    A choice that is left, as its pass was disabled, comes to its default.
     """
     saved = [(produced, taken, row) for produced, taken in split.saved() if (row := plan.find(taken.name)) is not None]
     saved = [(produced, taken, row) for produced, taken, row in saved if not row.borrowed]
     for _, _, row in saved:
-        if row.undecided is not None:
-            raise ConfigError(
-                f"no pass decides {row.undecided!r}, which is chosen for a tensor of the role {row.role!r}: add one "
-                "before compress to slimfit_fx.compiler.pipeline.SPLIT_PASSES that calls row.decide"
-            )
+        while row.undecided is not None:
+            row.decide(row.undecided.default)
     whole = {storage_of(produced) for produced, taken, row in saved if not _encodes(row, taken)}
     counted, traces = set(), _Traces()
     for produced, taken, row in saved:

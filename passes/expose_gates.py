@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext, detect_fake_mode
+
+from slimfit_fx.torch_internals import ConstantSource, FakeTensorMode, TracingContext, detect_fake_mode
 
 # What Dynamo hangs on a graph and its inputs from outside, and AOTAutograd looks for.
 _MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason")
@@ -52,5 +52,5 @@ def _fake(count: int, inputs: Sequence[Any]) -> Tensor:
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None else detect_fake_mode(list(inputs))
     if mode is None:
-        mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
     return mode.from_tensor(torch.ones(count, dtype=torch.bool), static_shapes=True)

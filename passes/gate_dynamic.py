@@ -17,16 +17,16 @@ when their gate is closed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
-from torch._functorch.partitioners import must_recompute
 
 from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.graph.nodes import CONVERSIONS, aten, base_of, dependent_on_gradients, next_of, readers
-from slimfit_fx.graph.plan import GatedGradient
+from slimfit_fx.graph.plan import GatedGradient, Plan
+from slimfit_fx.torch_internals import must_recompute
 
 _ops = torch.ops.slimfit_fx
 _TRANSPOSES = frozenset({aten.permute.default, aten.t.default, aten.transpose.int})
@@ -44,18 +44,11 @@ class _LinearGradient:
     dtype: torch.dtype
 
 
-def gate_dynamic(joint: JointGraph, gated: Sequence[int]) -> list[GatedGradient]:
-    """Rewrites the gradients of gated parameters.
-
-    Args:
-        joint: its last input is the gates, in the order of `gated`.
-        gated: the positions of the inputs that have a gate.
-
-    Returns:
-        What became of each gradient, in the order of the inputs.
-    """
+def gate_dynamic(joint: JointGraph, plan: Plan) -> None:
+    """Makes weight gradients and the activations that only they need conditional, and notes in the plan what became of
+    each gated gradient, in the order of the inputs."""
     gradients = joint.gradients()
-    gate_of = {position: gate for gate, position in enumerate(gated) if position in gradients}
+    gate_of = {position: gate for gate, position in enumerate(joint.gated) if position in gradients}
     gates = joint.gates
     backward = dependent_on_gradients(joint.graph)
     linear = {}
@@ -65,7 +58,6 @@ def gate_dynamic(joint: JointGraph, gated: Sequence[int]) -> list[GatedGradient]
             linear[position] = match
     kept = _keep_activations(joint, gates, list(linear.values()), backward)
 
-    results = []
     for position, gate in gate_of.items():
         gradient, conditional = gradients[position], True
         if position in linear:
@@ -74,11 +66,10 @@ def gate_dynamic(joint: JointGraph, gated: Sequence[int]) -> list[GatedGradient]
             new = _insert_embedding_gradient(joint, gates, gate, total, gradient.meta["val"].dtype)
         else:
             new, conditional = _insert_pass_gradient(joint, gates, gate, gradient), False
-        results.append(GatedGradient(joint.set_gradient(position, new), gate, conditional))
+        plan.gradients.append(GatedGradient(joint.set_gradient(position, new), gate, conditional))
     joint.graph.eliminate_dead_code()
     joint.graph.lint()
     joint.module.recompile()
-    return results
 
 
 def _match(position: int, gate: int, gradient: fx.Node, backward: set[fx.Node]) -> _LinearGradient | None:

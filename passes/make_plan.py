@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
-
-import torch
 
 from slimfit_fx.analysis.find_role import find_role
 from slimfit_fx.graph.nodes import bytes_of, hint, is_tensor, keep_of, module_of, storage_bytes, storage_of
-from slimfit_fx.graph.plan import GatedGradient, Plan, SavedTensor
+from slimfit_fx.graph.plan import Plan, SavedTensor
 from slimfit_fx.graph.split import SplitGraph
-from slimfit_fx.presets import CodecRules
 from slimfit_fx.roles import GATES
 
-from .mark_exact import mark_exact
 
-# Tensors this much smaller than the largest one are not worth an error.
-_SMALL = 64
+def make_plan(split: SplitGraph, plan: Plan) -> None:
+    """Labels every saved tensor: role, module, gates, bytes.
 
-
-def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: CodecRules) -> Plan:
-    """The plan of `split`. A storage's bytes are counted once, and not at all where the caller holds it anyway.
-
-    Args:
-        split: with the passes' operators in it.
-        gradients: what `gate_dynamic` returned.
-        rules: which codec a saved tensor gets, by its role and its module.
+    A storage's bytes are counted once, and not at all where the caller holds it anyway.
     """
     gates = split.gates
     inputs = {
@@ -35,7 +24,6 @@ def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: Code
         if is_tensor(node) and position not in split.activations and node is not gates
     }
     sizes = _bytes_of_storages(split)
-    plan = Plan(gradients=list(gradients))
     for produced, taken in split.saved():
         storage = storage_of(produced)
         kept = keep_of(produced)
@@ -53,12 +41,9 @@ def make_plan(split: SplitGraph, gradients: Sequence[GatedGradient], rules: Code
                 nbytes=0 if storage in inputs else next(sizes[storage]),
                 borrowed=storage in inputs,
                 rows=rows,
-                rebuildable=rules.rebuild and role != GATES,
+                rebuildable=plan.rules.rebuild and role != GATES,
             )
         )
-    mark_exact(split, plan, rules)
-    _choose(plan, rules)
-    return plan
 
 
 def _bytes_of_storages(split: SplitGraph) -> dict[Any, Iterator[int]]:
@@ -79,16 +64,3 @@ def _bytes_of_storages(split: SplitGraph) -> dict[Any, Iterator[int]]:
             others = [0] * len(others)
         shares[storage] = [totals[storage] - sum(others), *others]
     return {storage: iter(sizes) for storage, sizes in shares.items()}
-
-
-def _choose(plan: Plan, rules: CodecRules) -> None:
-    """Notes what is wanted for each tensor. What is much smaller than others keeps its precision unless asked for."""
-    choices = [
-        (row, *rules.chosen(row.role, row.module, getattr(torch, row.dtype)))
-        for row in plan.saved
-        if not row.borrowed and row.role != GATES
-    ]
-    largest = max((row.nbytes for row, _, choice in choices if choice is not None), default=0)
-    for row, asked, choice in choices:
-        if asked or row.nbytes * _SMALL >= largest:
-            row.want(choice)

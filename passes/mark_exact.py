@@ -13,7 +13,6 @@ from slimfit_fx.graph.decide_in_forward import decide_in_forward
 from slimfit_fx.graph.nodes import COPIES, VIEWS, aten, dependent_on_gradients, is_tensor, storage_of
 from slimfit_fx.graph.plan import Plan
 from slimfit_fx.graph.split import SplitGraph
-from slimfit_fx.presets import CodecRules
 from slimfit_fx.roles import EXACT, MASK
 
 # Masks are made of numbers that no score reaches; some models take a large one in the place of infinity.
@@ -24,7 +23,7 @@ _FARTHEST = 64
 _CONSTANTS = frozenset({aten.full.default, aten.full_like.default, aten.scalar_tensor.default})
 
 
-def mark_exact(split: SplitGraph, plan: Plan, rules: CodecRules) -> None:
+def mark_exact(split: SplitGraph, plan: Plan) -> None:
     """Gives rows another role where a rounded tensor would spoil the backward: in a denominator, or in a mask.
 
     Where it only spoils comparisons (ReLU's sign), and a codec is chosen for it, they are made in the forward instead.
@@ -41,7 +40,7 @@ def mark_exact(split: SplitGraph, plan: Plan, rules: CodecRules) -> None:
             found[storage_of(produced)] = MASK
             continue
         readings[taken] = _Reading(taken, gradients, order)
-        _, choice = rules.chosen(row.role, row.module, taken.meta["val"].dtype)
+        _, choice = plan.rules.chosen(row.role, row.module, taken.meta["val"].dtype)
         lossless = choice is None or choice.lossless
         if readings[taken].is_close or (lossless and readings[taken].decisions):
             found.setdefault(storage_of(produced), EXACT)

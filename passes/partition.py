@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch._functorch import config as functorch_config
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-
 from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.graph.split import SplitGraph
-
-from .save_old_values import save_old_values
+from slimfit_fx.torch_internals import functorch_config, min_cut_rematerialization_partition
 
 
 def partition(joint: JointGraph, inputs: Any, **options: Any) -> SplitGraph:
-    """torch's own min-cut partitioner, told to prefer memory where it is nearly free.
+    """Cuts the joint graph into forward and backward by torch's own min-cut, told to prefer memory where that is
+    nearly free.
 
     By default it saves whatever a matrix product of the backward reads. But a pointwise function of another saved
     tensor (the dropped-out softmax, next to the softmax and the mask) costs one small kernel to compute again.
 
     The extra outputs that earlier passes asked for kept their nodes in the forward; they are taken off again. Those
-    that the backward needs are among the saved tensors by now, in the order that AOTAutograd expects. (It takes any
-    input for one that stays as it is: what the model changes in place is saved as a copy.)
+    that the backward needs are among the saved tensors by now, in the order that AOTAutograd expects.
     """
     total = joint.num_outputs + joint.extra_outputs
     with functorch_config.patch(ban_recompute_materialized_backward=False):
@@ -33,6 +29,4 @@ def partition(joint: JointGraph, inputs: Any, **options: Any) -> SplitGraph:
         descriptions = list(output.meta["desc"])
         output.meta["desc"] = [*descriptions[: joint.num_outputs], *descriptions[total:]]
     forward.graph.eliminate_dead_code()
-    split = SplitGraph(forward, backward, joint.num_outputs, joint.activations)
-    save_old_values(split)
-    return split
+    return SplitGraph(forward, backward, joint.num_outputs, joint.activations)

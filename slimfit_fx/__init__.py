@@ -4,6 +4,7 @@ model = slimfit_fx.transform(model)
 """
 
 from . import codecs as codecs
+from .api import explain as explain
 from .api import gates as gates
 from .api import graphs as graphs
 from .api import report as report
@@ -19,6 +20,7 @@ from .errors import SlimFitError as SlimFitError
 from .errors import SlimFitWarning as SlimFitWarning
 from .errors import StateError as StateError
 from .errors import VersionError as VersionError
+from .inspection.explanation import Explanation as Explanation
 from .inspection.plot import plot_history as plot_history
 from .inspection.plot import plot_memory as plot_memory
 from .inspection.report import Report as Report

@@ -12,12 +12,11 @@ from typing_extensions import Unpack
 from .config import Config
 from .config_options import ConfigOptions
 from .errors import ModelError, StateError, VersionError
-from .inspection.probe import probe
+from .inspection.explanation import Explanation
 from .inspection.report import Report
 from .model.gate_table import Gates
 from .model.layers import check_shapes
 from .model.regions import find_regions
-from .runtime.module_calls import compile_calls, restore_calls
 from .runtime.registry import end_session, original, session_of, start_session, started_session
 from .scheduling import Scheduler
 
@@ -47,7 +46,9 @@ def transform(model: nn.Module, config: Config | None = None, **overrides: Unpac
         StateError: the model, a part of it, or a model around it is transformed or compiled already.
         VersionError: torch is too old.
     """
-    _check_version(torch.__version__)
+    check_version(torch.__version__)
+    from .runtime.module_calls import compile_calls  # with Dynamo and Inductor: `import slimfit_fx` stays cheap
+
     if not isinstance(model, nn.Module):
         raise ModelError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
     if session_of(model) is not None:
@@ -65,6 +66,8 @@ def transform(model: nn.Module, config: Config | None = None, **overrides: Unpac
 
 def undo(model: nn.Module) -> nn.Module:
     """Gives back the untouched model, weights as they are now."""
+    from .runtime.module_calls import restore_calls
+
     session, plain = end_session(model), original(model)
     restore_calls(plain, session)
     return plain
@@ -97,10 +100,31 @@ def report(model: nn.Module, sample: Any = None, loss: Callable[[Any], Tensor] |
     session = started_session(model)
     if not session.active:
         raise StateError("nothing is captured yet: run one training forward of the model, then ask for the report")
-    errors = {} if sample is None else probe(original(model), session.config, sample, loss)
+    errors = {}
+    if sample is not None:
+        from .inspection.probe import probe
+
+        errors = probe(original(model), session.config, sample, loss)
     plan, open_gates = session.plan, session.gates.table.tolist()
     optimizer_bytes, outside = session.scheduler.optimizer_bytes(), session.outside_layers
     return Report(plan, session.layers, open_gates, errors, optimizer_bytes, outside)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Why torch.compile made the graphs that it made: print it.
+
+    It says which inputs caused which recompile, where and why the code was broken into several graphs, and which
+    layers are in no graph. Needs one training forward to have run.
+
+    Raises:
+        StateError: the model is not transformed, or did not run yet.
+    """
+    session = started_session(model)
+    if not session.captures:
+        raise StateError("nothing is captured yet: run one training forward of the model, then ask why it is so")
+    origins = [capture.origin for capture in session.captures]
+    names = [layer.name for layer in session.layers]
+    return Explanation(origins, names, session.uncovered_layers, session.outside_layers, session.left_out)
 
 
 def graphs(model: nn.Module) -> list[tuple[fx.GraphModule, fx.GraphModule]]:
@@ -109,7 +133,8 @@ def graphs(model: nn.Module) -> list[tuple[fx.GraphModule, fx.GraphModule]]:
     return [(split.forward, split.backward) for split in splits if split is not None]
 
 
-def _check_version(version: str) -> None:
+def check_version(version: str) -> None:
+    """Raises `VersionError` if torch is too old."""
     found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
     if found < _OLDEST_TORCH:
         oldest = ".".join(map(str, _OLDEST_TORCH))

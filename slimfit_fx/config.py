@@ -76,6 +76,8 @@ class Config:
             forward computes between modules, such as the loss, then runs operator by operator, and stays exact.
         mode: `"inductor"` generates code; `"eager"` runs the rewritten graphs operator by operator (compiles in
             seconds, for tests and debugging).
+        disable_passes: names of passes that do not run (`slimfit_fx.compiler.pipeline.PIPELINE`), to find out what one
+            does: gradients stay right, and more is saved.
         seed: of the order of the first turn and of random policies.
     """
 
@@ -97,6 +99,7 @@ class Config:
     never_gate: Sequence[str] | str = ()
     regions: Regions = "model"
     mode: Mode = "inductor"
+    disable_passes: Sequence[str] | str = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -124,6 +127,7 @@ class Config:
         _count("seed", self.seed, None)
         if self.always_open is not None:
             object.__setattr__(self, "always_open", _patterns("always_open", self.always_open))
+        object.__setattr__(self, "disable_passes", _names(self.disable_passes))
         object.__setattr__(self, "never_gate", _patterns("never_gate", self.never_gate))
 
     @property
@@ -197,6 +201,14 @@ def _codecs(overrides: Any) -> dict[str, Format | None]:
             codec.check_role(key)
     _patterns("codecs", [key for key in overrides if key not in ROLES])
     return dict(overrides)
+
+
+def _names(names: Any) -> tuple[str, ...]:
+    """Names of passes as a tuple, each once; which there are is known where they run."""
+    names = (names,) if isinstance(names, str) else tuple(names)
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"disable_passes takes names of passes, for example 'rebuild'; got {names!r}")
+    return tuple(dict.fromkeys(names))
 
 
 def _patterns(field: str, patterns: Any) -> tuple[str, ...]:

@@ -38,4 +38,5 @@ class ConfigOptions(TypedDict, total=False):
     never_gate: Sequence[str] | str
     regions: Regions
     mode: Mode
+    disable_passes: Sequence[str] | str
     seed: int

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import slimfit_fx
 from slimfit_fx import Config
+from slimfit_fx.compiler import pipeline
 from slimfit_fx.inspection.handed_over import handed_over as bytes_handed_over
 from slimfit_fx.inspection.plain import interpreter
 from slimfit_fx.model.regions import find_regions
@@ -104,3 +107,19 @@ def no_recompile() -> Iterator[None]:
 
 def count_calls(module: torch.fx.GraphModule, target: Callable[..., Any]) -> int:
     return sum(node.target is target for node in module.graph.nodes)
+
+
+def replace_pass(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., Any]) -> None:
+    """Runs another function in the place of a pass, under its name."""
+
+    def replaced(*arguments: Any, **options: Any) -> Any:
+        return function(*arguments, **options)
+
+    replaced.__name__ = name
+    passes = [dataclasses.replace(p, function=replaced) if p.name == name else p for p in pipeline.PIPELINE]
+    monkeypatch.setattr(pipeline, "PIPELINE", passes)
+
+
+def add_pass(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> None:
+    """Runs one more pass on split graphs, behind the others."""
+    monkeypatch.setattr(pipeline, "PIPELINE", [*pipeline.PIPELINE, pipeline.Pass(function, "split")])

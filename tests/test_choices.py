@@ -27,7 +27,7 @@ from slimfit_fx.codecs import (
     TopOfBlock,
     WhenFrozen,
 )
-from slimfit_fx.compiler import backend
+from slimfit_fx.compiler import pipeline
 
 INT8 = Quantize(8, 32)
 NESTED = [
@@ -178,9 +178,10 @@ class Block(nn.Module):
         return self.last(x + self.down(nn.functional.gelu(self.up(x))))
 
 
-def check(model: nn.Module, inputs: dict, regions: str, codecs: dict, bound: float = 0.05) -> list:
+def check(model: nn.Module, inputs: dict, regions: str, codecs: dict, bound: float = 0.05, **config) -> list:
     """Gradients near the exact ones, bytes as reported, nothing left undecided; returns the plan's rows."""
-    exact, slim = (transformed(model, always_open=(), freeze_rate=0.0, regions=regions, codecs=c) for c in ({}, codecs))
+    config = {"always_open": (), "freeze_rate": 0.0, "regions": regions, **config}
+    exact, slim = (transformed(model, codecs=each, **config) for each in ({}, codecs))
     (_, expected), (_, found) = run(exact, inputs), run(slim, inputs)
     whole = torch.stack([gradient.norm() for gradient in expected.values() if gradient is not None]).norm()
     for name, gradient in expected.items():
@@ -247,8 +248,8 @@ class InEightBits(Choice):
     codec: Codec = INT8
 
     @property
-    def label(self) -> str:
-        return f"{self.codec.label} if large"
+    def default(self) -> None:
+        return None
 
 
 def decide_size(split, plan):
@@ -260,15 +261,40 @@ def decide_size(split, plan):
 def test_a_choice_of_ones_own_takes_a_pass(monkeypatch):
     model, inputs = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8)), {"input": torch.randn(4, 8)}
     codecs = {"activation input": InEightBits()}
-    with pytest.raises(ConfigError, match=r"no pass decides InEightBits\(.*SPLIT_PASSES"):
-        run(transformed(model, codecs=codecs), inputs)
-    torch._dynamo.reset()
-    monkeypatch.setattr(backend, "SPLIT_PASSES", [decide_size, *backend.SPLIT_PASSES])
-    rows = check(model, inputs, "model", codecs)
-    assert [row.form for row in rows if row.role == "activation input"] == ["int8, group 32"]
+    forms = []
+    for passes in ([], [pipeline.Pass(decide_size, "split")]):
+        monkeypatch.setattr(pipeline, "PIPELINE", [*pipeline.PIPELINE[:-2], *passes, *pipeline.PIPELINE[-2:]])
+        torch._dynamo.reset()
+        rows = check(model, inputs, "model", codecs)
+        forms += [row.form for row in rows if row.role == "activation input"]
+    assert forms == ["", "int8, group 32"]
     assert Config.from_json(Config(codecs=codecs).to_json()).codecs == codecs
     with pytest.raises(ConfigError, match=r"InEightBits.codec takes a Codec, for example"):
         InEightBits(codec=None)
+
+
+@pytest.mark.parametrize(
+    ("disabled", "forms"),
+    [
+        ("save_derivatives", {"activation input": "int8, group 32", "softmax output": "recomputed"}),
+        ("rebuild", {"activation input": "derivative, int8, group 32", "softmax output": "largest 50%"}),
+        ("keep_trained", {"norm input": "", "softmax output": "recomputed"}),
+        (["save_derivatives", "rebuild", "keep_trained"], {"activation input": "", "norm input": ""}),
+    ],
+    ids=str,
+)
+def test_what_choices_come_to_without_their_pass(disabled, forms):
+    torch.manual_seed(0)
+    pruned = WhenFrozen(TopK(0.1))
+    wanted = {
+        "norm input": pruned,
+        "activation input": Derivative(INT8, INT8 if disabled == "save_derivatives" else Recompute(None)),
+        "softmax output": Recompute(TopK(0.5)),
+    }
+    bound = 0.05 if "rebuild" not in disabled else 0.5  # half of the softmax is missing then
+    rows = check(Block(), {"x": torch.randn(2, 16, 32)}, "model", wanted, bound, disable_passes=disabled)
+    found = {row.role: row.form for row in rows if not row.dynamic}
+    assert {role: found[role] for role in forms} == forms
 
 
 @pytest.mark.parametrize(("codec", "noted"), [(TopK(0.5), True), (None, False)])

@@ -8,7 +8,8 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import loss_of, run, transformed
+from helpers import add_pass, loss_of, replace_pass, run, transformed
+from slimfit_fx.passes.make_plan import make_plan
 from torch import nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
@@ -39,8 +40,7 @@ def broken(*arguments, **_):
 @pytest.mark.parametrize("name", ["expose_gates", "gate_dynamic", "partition", "make_plan"])
 def test_a_pass_that_fails_is_named(monkeypatch, name, way):
     """Dynamo would answer this exception of a backend with an eager run."""
-    broken.__name__ = name
-    monkeypatch.setattr(f"slimfit_fx.compiler.backend.{name}", broken)
+    replace_pass(monkeypatch, name, broken)
     if way == "named backend":
         call = torch.compile(Net(), backend="slimfit_fx", mode="eager")
     else:
@@ -59,14 +59,14 @@ def test_the_node_and_its_module_are_named(monkeypatch):
             if "mm" in node.name:
                 raise KeyError("meta")
 
-    monkeypatch.setattr("slimfit_fx.compiler.backend.SPLIT_PASSES", [failing_pass])
+    add_pass(monkeypatch, failing_pass)
     slim = transformed(Net())
     with pytest.raises(BackendError, match=r"in the pass failing_pass at %.*mm.* of (first|head): KeyError") as error:
         slim(X)
     assert isinstance(error.value.__cause__, KeyError)
     monkeypatch.undo()
     with pytest.raises(BackendError):
-        monkeypatch.setattr("slimfit_fx.compiler.backend.SPLIT_PASSES", [failing_pass])
+        add_pass(monkeypatch, failing_pass)
         slim(X)
     monkeypatch.undo()
     slim(X).sum().backward()  # nothing is lost
@@ -74,22 +74,22 @@ def test_the_node_and_its_module_are_named(monkeypatch):
 
 def test_dynamos_own_control_flow_is_no_failure(monkeypatch):
     """A pass of torch's that runs within ours may ask Dynamo to trace the graph anew."""
-    asked, make_plan = [], slimfit_fx.compiler.backend.make_plan
+    asked = []
 
     def once(*arguments):
         if not asked:
             asked.append(True)
             raise TensorifyScalarRestartAnalysis
-        return make_plan(*arguments)
+        make_plan(*arguments)
 
-    monkeypatch.setattr("slimfit_fx.compiler.backend.make_plan", once)
+    replace_pass(monkeypatch, "make_plan", once)
     transformed(Net())(X).sum().backward()
     assert asked
 
 
 @pytest.mark.parametrize("mode", ["inductor", "eager"])
 def test_advice_fits_the_mode(mode, monkeypatch):
-    monkeypatch.setattr("slimfit_fx.compiler.backend.make_plan", broken)
+    replace_pass(monkeypatch, "make_plan", broken)
     with pytest.raises(BackendError) as error:
         transformed(Net(), mode=mode)(X)
     assert ("mode='eager'" in str(error.value)) == (mode == "inductor")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import slimfit_fx
-from slimfit_fx.compiler import backend
+from slimfit_fx.compiler import pipeline
 
 TEXT = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
 CODEC, POLICY, PASS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -74,7 +74,7 @@ class Router(nn.Module):
 
 
 def test_pass(tmp_path, monkeypatch):
-    monkeypatch.setattr(backend, "SPLIT_PASSES", list(backend.SPLIT_PASSES))
+    monkeypatch.setattr(pipeline, "PIPELINE", list(pipeline.PIPELINE))
     x = torch.randn(64, 8, requires_grad=True)
 
     def gradients():

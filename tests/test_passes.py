@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from helpers import count_calls
-from slimfit_fx.passes import expose_gates
+from slimfit_fx.passes.expose_gates import expose_gates
 from torch import nn
 
 import slimfit_fx

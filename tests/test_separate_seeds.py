@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from helpers import count_calls, transformed
-from slimfit_fx.passes import separate_seeds
+from slimfit_fx.passes.separate_seeds import separate_seeds
 from torch import fx, nn
 from torch._inductor import inductor_prims
 from torch._inductor.utils import run_and_get_code

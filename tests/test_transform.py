@@ -8,12 +8,12 @@ import warnings
 
 import pytest
 import torch
-from helpers import handed_over, run
+from helpers import handed_over, replace_pass, run
 from torch import nn
 
 import slimfit_fx
 from slimfit_fx import BackendError, BackwardError, ConfigError, ModelError, SlimFitError, StateError, VersionError
-from slimfit_fx.api import _check_version
+from slimfit_fx.api import check_version
 from slimfit_fx.runtime.registry import session_of
 
 
@@ -107,9 +107,9 @@ def test_a_failing_backend_is_an_error_not_an_eager_run(model, monkeypatch):
     def broken(*_, **__):
         raise torch._subclasses.fake_tensor.DynamicOutputShapeException("test")
 
-    monkeypatch.setattr("slimfit_fx.compiler.backend.make_plan", broken)
+    replace_pass(monkeypatch, "make_plan", broken)
     slimfit_fx.transform(model, mode="eager")
-    with pytest.raises(BackendError, match="slimfit_fx could not compile a graph of .* nodes in the pass broken"):
+    with pytest.raises(BackendError, match="slimfit_fx could not compile a graph of .* nodes in the pass make_plan"):
         step(model)
 
 
@@ -160,12 +160,12 @@ def test_retain_graph_is_refused_where_the_backward_reuses_memory(model):
 @pytest.mark.parametrize("version", ["2.10.1", "1.13.0+cu117", "2.9.0a0+git"])
 def test_old_torch(version):
     with pytest.raises(VersionError, match=r"needs torch 2\.11 or newer"):
-        _check_version(version)
+        check_version(version)
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "3.0.0.dev1"])
 def test_new_torch(version):
-    _check_version(version)
+    check_version(version)
 
 
 def test_graph_break(model):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import fx
-from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput
 
 from slimfit_fx.graph.nodes import aten, base_of
+from slimfit_fx.torch_internals import InputMutationAOTOutput
 
 
 def mutated_inputs(graph: fx.Graph) -> set[fx.Node]:

@@ -48,8 +48,8 @@ class Choice(Format):
 
     @property
     @abstractmethod
-    def label(self) -> str:
-        """A few words for tables."""
+    def default(self) -> Format | None:
+        """What it comes to where its pass does not run: right gradients, if not the fewest bytes."""
 
     @property
     def formats(self) -> list[Format]:
@@ -119,6 +119,10 @@ class WhenFrozen(Choice):
     roles = tuple(role for role in ROLES if role not in {*_OPERANDS, "softmax output", "logits"})
 
     @property
+    def default(self) -> None:
+        return None  # what the codec loses is missing in the gradient of a norm that trains
+
+    @property
     def label(self) -> str:
         return f"{self.codec.label} when frozen" if self.codec else "as it is"
 
@@ -136,6 +140,10 @@ class Recompute(Choice):
     """
 
     otherwise: Codec | WhenFrozen | None = Quantize(8)  # noqa: RUF009  (frozen)
+
+    @property
+    def default(self) -> Codec | WhenFrozen | None:
+        return self.otherwise
 
     @property
     def label(self) -> str:
@@ -161,6 +169,10 @@ class Derivative(Choice):
     otherwise: Codec | Recompute | WhenFrozen | None = Quantize(8)  # noqa: RUF009  (frozen)
 
     roles = tuple(role for role in ROLES if role not in _OPERANDS)
+
+    @property
+    def default(self) -> Codec | Recompute | WhenFrozen | None:
+        return self.otherwise
 
     @property
     def label(self) -> str:

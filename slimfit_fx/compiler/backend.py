@@ -1,36 +1,24 @@
-"""From the graph that Dynamo captured to the compiled pair: the passes, in order.
-
-expose_gates     the gates become an input
-AOTAutograd      traces the joint graph
-gate_dynamic     conditional activations and weight gradients
-partition        min-cut into forward and backward
-make_plan        label every saved tensor: role, gates, codec
-save_derivatives instead of an activation function's input, where the codec says so
-rebuild          do not save what can be computed from what is saved
-keep_trained     a pruned norm input whole, at steps at which the norm trains
-compress         encode behind the producer, decode before the reader
-separate_seeds   equal layers become equal code
-Inductor, or the FX interpreter
-"""
+"""From the graph that Dynamo captured to compiled code: the pipeline's passes, then Inductor or the interpreter."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
 from torch import fx
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch import config as functorch_config
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomPartitionerFn
-from torch._inductor.decomposition import select_decomp_table
 
 from slimfit_fx.errors import SlimFitError
 from slimfit_fx.graph import gate_ops as gate_ops
-from slimfit_fx.graph.joint import JointGraph
-from slimfit_fx.passes import expose_gates, gate_dynamic, make_plan, partition
 from slimfit_fx.presets import CodecRules
+from slimfit_fx.torch_internals import (
+    CustomPartitionerFn,
+    aot_autograd,
+    compile_fx,
+    compile_fx_inner,
+    functorch_config,
+    select_decomp_table,
+)
 
 from .capture import Capture
 from .dynamo import may_run_eagerly, steers_dynamo
@@ -38,69 +26,62 @@ from .failures import explained
 from .inductor_fixes.loop_split import exact_loop_splits
 from .inductor_fixes.peak_estimate import true_input_sizes
 from .inductor_fixes.saved_inputs import save_inputs_unchanged
-from .pipeline import SPLIT_PASSES, source_hash
+from .pass_run import PassRun
 
 
 def compile_capture(
-    module: fx.GraphModule, inputs: Sequence[Any], capture: Capture, rules: CodecRules, mode: str
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    capture: Capture,
+    rules: CodecRules,
+    mode: str,
+    disabled: Collection[str] = (),
 ) -> Callable[..., Any]:
     """Compiles a graph from Dynamo; the result takes the graph's inputs and, behind them, its gates.
 
     Where no layer is in the graph, Dynamo may answer an operator that depends on data with an eager run, as it does
     for other backends.
 
+    Args:
+        module, inputs: from Dynamo.
+        capture: gets the split graph and its plan, when the backward is first asked for.
+        rules: which codec a saved tensor gets.
+        mode: `"inductor"` or `"eager"`.
+        disabled: names of optional passes that do not run.
+
     Raises:
         BackendError: a pass or code generation failed, or an operator of a graph with layers depends on data.
         Exception: torch's own, for a graph that AOTAutograd cannot trace for any backend.
     """
-    partitioner = _Partitioner(capture, rules)
+    passes = PassRun(capture, rules, disabled)
     try:
-        exposed, example_inputs = partitioner.run(expose_gates, module, inputs, len(capture.gated))
+        exposed, example_inputs = passes.on_captured(module, inputs)
         capture.retainable = mode == "eager" or not functorch_config.donated_buffer
         compiler = _interpret if mode == "eager" else _inductor
         # AOTAutograd's own cache would skip the passes, and with them plan and report. Inductor's cache of generated
         # code stays on: its key is the rewritten graph itself.
         with functorch_config.patch(enable_autograd_cache=False, donated_buffer=not capture.retainable):
-            return compiler(exposed, example_inputs, partitioner)
+            return compiler(exposed, example_inputs, _Partitioner(passes))
     except SlimFitError:
         raise
     except Exception as error:
-        falls_back, in_passes = may_run_eagerly(error), partitioner.began or partitioner.current
+        falls_back, in_passes = may_run_eagerly(error), passes.traced or passes.current
         if steers_dynamo(error) or (not in_passes and not (falls_back and capture.gated)):
             raise
-        raise explained(error, module, mode, partitioner.current) from error
+        raise explained(error, module, mode, passes.current) from error
 
 
 class _Partitioner(CustomPartitionerFn):
-    """The passes from the joint graph to the plan, in the form that both compilers call."""
+    """The passes from the joint graph on, in the form that both compilers call."""
 
-    def __init__(self, capture: Capture, rules: CodecRules) -> None:
-        self.capture = capture
-        self.rules = rules
-        self.began = False  # whether AOTAutograd could trace the joint graph
-        self.current = ""  # the pass that runs
+    def __init__(self, passes: PassRun) -> None:
+        self.passes = passes
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        self.began = True
-        joint = JointGraph.copy_of(gm, options.pop("num_fwd_outputs"), self.capture.activations)
-        gradients = self.run(gate_dynamic, joint, self.capture.gated)
-        split = self.run(partition, joint, joint_inputs, **options)
-        plan = self.run(make_plan, split, gradients, self.rules)
-        for split_pass in SPLIT_PASSES:
-            self.run(split_pass, split, plan)
-        self.run(split.finalize)
-        self.capture.plan = plan
-        self.capture.split = split
+        split = self.passes.on_joint(gm, joint_inputs, **options)
         return split.forward, split.backward
-
-    def run(self, run_pass: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """What a pass returns; while it runs, or after it failed, it is the current one."""
-        self.current = run_pass.__name__
-        result = run_pass(*arguments, **options)
-        self.current = ""
-        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Partitioner:
         """Itself: Inductor copies and pickles its whole configuration to make a cache key."""
@@ -111,16 +92,15 @@ class _Partitioner(CustomPartitionerFn):
         return str, (self.uuid(),)
 
     def uuid(self) -> str:
-        """What the code depends on: the passes and their sources, the gated inputs, the codecs."""
-        names = [f"{split_pass.__module__}.{split_pass.__qualname__}" for split_pass in SPLIT_PASSES]
-        return f"slimfit_fx {source_hash()} {names} {self.capture.gated} {self.rules}"
+        """What the code depends on."""
+        return self.passes.key()
 
 
 def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Partitioner) -> Callable[..., Any]:
     compiled = compile_fx(
         module,
         inputs,
-        inner_compile=functools.partial(_compile_inner, partitioner.capture),
+        inner_compile=functools.partial(_compile_inner, partitioner.passes.capture),
         config_patches={"custom_partitioner_fn": partitioner},
     )
     return cast("Callable[..., Any]", compiled)
@@ -145,7 +125,7 @@ def _interpret(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Part
         return _boxed(lambda arguments: gm(*arguments))
 
     def run_backward(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return _drop_closed(run(gm, example_inputs), partitioner.capture)
+        return _drop_closed(run(gm, example_inputs), partitioner.passes.capture)
 
     compiler = aot_autograd(
         fw_compiler=run,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from slimfit_fx.graph.plan import Plan
 from slimfit_fx.graph.split import SplitGraph
 
+from .origin import Origin
+
 
 @dataclass(eq=False)
 class Capture:
@@ -14,6 +16,7 @@ class Capture:
 
     Attributes:
         gated: positions of the gated parameters among the inputs of the captured graph, each with a gate of its own.
+        origin: why Dynamo made the graph.
         activations: positions of inputs that an earlier graph of the same forward made (after a graph break).
         retainable: whether `backward(retain_graph=True)` works; otherwise the backward reuses the memory of saved
             tensors ("donated buffers").
@@ -23,6 +26,7 @@ class Capture:
     """
 
     gated: tuple[int, ...]
+    origin: Origin = field(default_factory=Origin)
     activations: frozenset[int] = frozenset()
     retainable: bool = False
     ran: bool = False

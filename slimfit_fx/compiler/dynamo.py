@@ -9,18 +9,18 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import _FrameAction as FrameAction
-from torch._C._dynamo.eval_frame import _FrameExecStrategy as FrameExecStrategy
-from torch._C._dynamo.eval_frame import set_code_exec_strategy
-from torch._dynamo.convert_frame import input_codes
-from torch._dynamo.exc import (
+
+from slimfit_fx.errors import SlimFitError
+from slimfit_fx.torch_internals import (
     BackendCompilerFailed,
+    FrameAction,
+    FrameExecStrategy,
     ShortenTraceback,
     TorchDynamoException,
     exceptions_allowed_to_be_fallback,
+    input_codes,
+    set_code_exec_strategy,
 )
-
-from slimfit_fx.errors import SlimFitError
 
 _numbers = itertools.count()
 # what a compiler of the user's, of the optimizer step or of the whole model, calls and does not look into

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
-from torch._functorch._aot_autograd.descriptors import GradAOTOutput, PlainAOTInput
-from torch._functorch.compile_utils import fx_graph_cse
+
+from slimfit_fx.torch_internals import GradAOTOutput, PlainAOTInput, fx_graph_cse
 
 from .nodes import InputKey, call, gates_of, inputs_of
 
@@ -23,6 +23,7 @@ class JointGraph:
     """The joint forward and backward graph, before it is partitioned.
 
     Attributes:
+        gated: positions of the inputs that have a gate, in the order of the gates.
         activations: positions of inputs that an earlier graph of the same forward made (after a graph break): only what
             this graph saves of them keeps them alive.
         extra_outputs: how many nodes are kept for the backward, so far.
@@ -30,14 +31,21 @@ class JointGraph:
 
     module: fx.GraphModule
     num_outputs: int
+    gated: tuple[int, ...] = ()
     activations: frozenset[int] = frozenset()
     extra_outputs: int = 0
 
     @classmethod
-    def copy_of(cls, module: fx.GraphModule, num_outputs: int, activations: frozenset[int] = frozenset()) -> JointGraph:
+    def copy_of(
+        cls,
+        module: fx.GraphModule,
+        num_outputs: int,
+        gated: tuple[int, ...] = (),
+        activations: frozenset[int] = frozenset(),
+    ) -> JointGraph:
         """A copy to rewrite, in which equal computations are one node: one view of an activation, for instance,
         instead of one for each layer that reads it."""
-        return cls(fx.GraphModule(module, fx_graph_cse(module.graph)), num_outputs, activations)
+        return cls(fx.GraphModule(module, fx_graph_cse(module.graph)), num_outputs, gated, activations)
 
     @property
     def graph(self) -> fx.Graph:

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch._aot_autograd.descriptors import AOTInput, PlainAOTInput
-from torch._guards import detect_fake_mode
-from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings, free_unbacked_symbols
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
+
+from slimfit_fx.torch_internals import AOTInput, FakeTensorMode, PlainAOTInput, detect_fake_mode, tree_leaves
 
 aten = torch.ops.aten
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from slimfit_fx.codecs import Choice, Codec, Format
 from slimfit_fx.module_paths import joined
+from slimfit_fx.presets import CodecRules
 
 
 @dataclass
@@ -103,11 +104,17 @@ class GatedGradient:
 class Plan:
     """All saved tensors of one captured graph, in the order in which they are handed over, and its gated gradients.
 
+    Attributes:
+        saved: in the order in which they are handed over.
+        gradients: of the gated parameters, in the order of the inputs.
+        rules: which codec the configuration wants for a tensor, by role and module.
+
     Gates are numbered as in the graph, one for each gated input; `in_model` numbers them as in the model's gate table.
     """
 
     saved: list[SavedTensor] = field(default_factory=list)
     gradients: list[GatedGradient] = field(default_factory=list)
+    rules: CodecRules = field(default_factory=lambda: CodecRules("exact", {}))
 
     def find(self, name: str) -> SavedTensor | None:
         """The tensor that both graphs call `name`; None for an input that a pass added to what is saved."""

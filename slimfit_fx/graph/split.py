@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from slimfit_fx.torch_internals import SavedForBackwardsAOTOutput
 
 from .nodes import VIEWS, InputKey, fake_result, gates_of, inputs_of, is_tensor, origin_of
 

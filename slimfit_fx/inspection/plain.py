@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.decomposition import select_decomp_table
 
 from slimfit_fx.compiler.dynamo import own_code
 from slimfit_fx.model.regions import Region
+from slimfit_fx.torch_internals import aot_autograd, min_cut_rematerialization_partition, select_decomp_table
 
 
 def compile_plain(regions: Sequence[Region], mode: str) -> None:

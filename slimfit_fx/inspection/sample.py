@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from slimfit_fx.errors import ModelError
+from slimfit_fx.torch_internals import tree_leaves
 
 
 def call(model: Callable[..., Any], sample: Any) -> Any:

@@ -11,14 +11,8 @@ from typing_extensions import Unpack
 from slimfit_fx.config import Config
 from slimfit_fx.config_options import ConfigOptions
 from slimfit_fx.errors import StateError
-from slimfit_fx.model.regions import find_regions
-from slimfit_fx.runtime.module_calls import compile_calls
 from slimfit_fx.runtime.registry import original, session_of
 
-from .comparison import Comparison, rounding_of
-from .plain import compile_plain
-from .runs import Watched, run
-from .sample import plain_calls
 from .verification import Verification
 
 
@@ -61,26 +55,9 @@ def verify(
         StateError: a part of the model is transformed, not the model; or it is compiled, but not yet by slimfit_fx.
     """
     options = _options(model, config, overrides)
-    model = original(model)
-    session = Watched(model, options)
-    regions = find_regions(model, options)
-    try:
-        with plain_calls(model):
-            eager = run(model, batch, loss)
-        with plain_calls(model):
-            compile_plain(regions, options.mode)
-            plain = run(model, batch, loss)
-        with plain_calls(model):
-            compile_calls(model, regions, session)
-            opened = run(model, batch, loss, session)
-            closable = [index for index, layer in enumerate(session.layers) if not layer.always_open]
-            closed = {session.gates.names[index] for index in closable[::2]}
-            session.gates.set(set(session.gates.names) - closed)
-            half = run(model, batch, loss, session)
-    finally:
-        session.close()
-    comparison = Comparison(options.preset, rounding_of(model), session.layers, closed, eager, plain, opened, half)
-    return comparison.verification(options.mode)
+    from .compare import compare  # with Dynamo and Inductor: `import slimfit_fx` stays cheap
+
+    return compare(original(model), batch, loss, options)
 
 
 def _options(model: nn.Module, config: Config | None, overrides: ConfigOptions) -> Config:

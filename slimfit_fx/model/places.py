@@ -6,9 +6,9 @@ import weakref
 from collections.abc import Mapping
 
 from torch import nn
-from torch._C._functorch import peek_interpreter_stack  # type: ignore[import-not-found]
 
 from slimfit_fx.errors import BackwardError, StateError
+from slimfit_fx.torch_internals import peek_interpreter_stack
 
 
 class Places:

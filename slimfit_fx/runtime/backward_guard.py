@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _get_current_graph_task_keep_graph  # type: ignore[import-not-found]
 
 from slimfit_fx.compiler.capture import Capture
 from slimfit_fx.errors import BackwardError
+from slimfit_fx.torch_internals import backward_keeps_graph
 
 
 def watch_backward(outputs: Iterable[Any], capture: Capture, begin: Callable[[], None]) -> None:
@@ -23,7 +23,7 @@ def watch_backward(outputs: Iterable[Any], capture: Capture, begin: Callable[[],
                 "backward(create_graph=True) needs a second backward, which compiled graphs do not have. "
                 "Use slimfit_fx.undo(model) for the steps that differentiate gradients."
             )
-        if _get_current_graph_task_keep_graph() and not capture.retainable:
+        if backward_keeps_graph() and not capture.retainable:
             raise BackwardError(
                 "backward(retain_graph=True): the compiled backward reuses the memory of saved tensors. Set "
                 "torch._functorch.config.donated_buffer = False before the model's first training call to allow it."

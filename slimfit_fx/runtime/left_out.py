@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from torch._dynamo.utils import counters
-
+from slimfit_fx.compiler.origin import in_short
 from slimfit_fx.errors import BackendError
+from slimfit_fx.torch_internals import counters
 
 # Categories of Dynamo's statistics: what made it skip a frame, and what it broke a graph at.
 _CATEGORIES = ("unimplemented", "graph_break")
 _LIMIT = "limit exceeded"
-# Where a message goes on for Dynamo's developers.
-_ENDS = ("Developer debug context", "While executing")
 
 
 class LeftOut:
@@ -27,7 +25,12 @@ class LeftOut:
                 "Such gradients come from calls of a part of the model by itself, a loss that reads the weights, or "
                 "code that torch.compile leaves out (TORCH_LOGS=graph_breaks shows where): a custom autograd.Function."
             )
-        return "torch.compile left code out, in its words: " + " ".join(map(_in_short, list(self._reasons)[-2:]))
+        return "torch.compile left code out, in its words: " + " ".join(map(in_short, list(self._reasons)[-2:]))
+
+    @property
+    def reasons(self) -> list[str]:
+        """All of them, in short, the latest last."""
+        return list(map(in_short, self._reasons))
 
     def begin(self) -> None:
         """What Dynamo counted up to now is of no interest."""
@@ -58,14 +61,6 @@ class LeftOut:
             f"{name} ran without its compiled graph, so nothing was saved. {self} To train without that code, "
             "transform the parts of the model around it."
         )
-
-
-def _in_short(reason: str) -> str:
-    """What Dynamo met, its explanation, its hints."""
-    for end in _ENDS:
-        reason = reason.partition(end)[0]
-    lines = (line.strip().removeprefix("Explanation: ").removeprefix("Hint: ") for line in reason.splitlines())
-    return " ".join(line.rstrip(".") + "." for line in lines if line)
 
 
 def _statistics() -> dict[str, int]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from slimfit_fx.compiler.dynamo import not_traced
 from slimfit_fx.errors import ModelError
 from slimfit_fx.model.layers import check_sharding
 from slimfit_fx.model.regions import Region, check_places, places_of
+from slimfit_fx.torch_internals import current_graph_task_id, tree_leaves
 
 from .session import Session
 
@@ -66,7 +66,7 @@ def _region_call(
     def call(*args: Any, **kwargs: Any) -> Any:
         if not _trains(model):
             return region.module._call_impl(*args, **kwargs)
-        if region.module is not model and torch._C._current_graph_task_id() != -1:
+        if region.module is not model and current_graph_task_id() != -1:
             raise ModelError(
                 f"{region.path} is computed again in the backward by gradient checkpointing, which regions='blocks' "
                 "does not see. Switch checkpointing off, or take regions='model'."

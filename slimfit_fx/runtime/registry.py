@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -10,7 +11,8 @@ from slimfit_fx.config import Config
 from slimfit_fx.errors import StateError
 from slimfit_fx.model.layers import warn_if_all_open
 
-from .session import Session
+if TYPE_CHECKING:
+    from .session import Session
 
 _sessions: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
 
@@ -21,6 +23,8 @@ def start_session(model: nn.Module, config: Config) -> Session:
     Raises:
         StateError: layers of the model have another scheduler: that of a part of it, or of a model around it.
     """
+    from .session import Session  # with Dynamo and Inductor: `import slimfit_fx` stays cheap
+
     for other, session in list(_sessions.items()):
         if (shared := session.layer_shared_with(model)) is not None:
             raise StateError(

@@ -16,6 +16,8 @@ from torch import Tensor, fx, nn
 from slimfit_fx.compiler.backend import compile_capture
 from slimfit_fx.compiler.capture import Capture
 from slimfit_fx.compiler.dynamo import own_code, own_error, retry_skipped_frames
+from slimfit_fx.compiler.origin import origin_of
+from slimfit_fx.compiler.pipeline import check_disabled
 from slimfit_fx.config import Config
 from slimfit_fx.errors import StateError
 from slimfit_fx.graph.plan import Plan, merge_plans
@@ -67,6 +69,7 @@ class Session:
     def __init__(self, model: nn.Module, config: Config) -> None:
         parameters = dict(model.named_parameters())
         self.config = config
+        check_disabled(config.disable_passes)
         check_sharding(model)
         check_modules(model, config)
         self.layers: list[Layer] = find_layers(model, config)
@@ -97,6 +100,17 @@ class Session:
     def outside_layers(self) -> list[str]:
         """The layers that are known to train outside of the graphs, if only by a part of their gradient."""
         return [self.layers[layer].name for layer in sorted(self.outside.layers)]
+
+    @property
+    def uncovered_layers(self) -> list[str]:
+        """The layers that no graph of the last forward has."""
+        covered = {layer for run in self.active for layer in run.layers}
+        return [layer.name for index, layer in enumerate(self.layers) if index not in covered]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Why torch.compile left code of the model out, in its own words."""
+        return self._left_out.reasons
 
     def layer_shared_with(self, model: nn.Module) -> str | None:
         """The name in `model` of a parameter that has a gate here."""
@@ -201,10 +215,11 @@ class Session:
         self.outside.watch()
         capture = Capture(
             gated=tuple(position for position, tensor in enumerate(inputs) if id(tensor) in self._layer_of),
+            origin=origin_of(module, self._path),
             activations=frozenset(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x.is_leaf),
         )
         rules = CodecRules(self.config.preset, self.config.codecs, self._path)
-        compiled = compile_capture(module, inputs, capture, rules, self.config.mode)
+        compiled = compile_capture(module, inputs, capture, rules, self.config.mode, self.config.disable_passes)
         self.captures.append(capture)
         return functools.partial(_weak(self._run), capture, compiled, delimits)
 

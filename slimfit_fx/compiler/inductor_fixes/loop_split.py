@@ -11,11 +11,12 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import sympy
-from torch._inductor.codegen.cpp import CppScheduling
-from torch.utils._sympy.functions import FloorDiv
+
+from slimfit_fx.torch_internals import CppScheduling, FloorDiv
+
+from .replaced import replaced
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def exact_loop_splits() -> Iterator[None]:
     def exact(scheduling: Any, nodes: list[Any]) -> Any:
         return split(scheduling, nodes) if all(map(_divides, nodes)) else nodes
 
-    with mock.patch.object(CppScheduling, "try_loop_split", exact):
+    with replaced(CppScheduling, "try_loop_split", exact):
         yield
 
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
-from torch._inductor import memory
-from torch._inductor.virtualized import V
+from slimfit_fx.torch_internals import V, inductor_memory
+
+from .replaced import replaced
 
 
 @contextmanager
 def true_input_sizes() -> Iterator[None]:
     """Inside, Inductor's estimates count an input of known size as large as it is."""
-    estimated = memory.get_freeable_input_buf
+    estimated = inductor_memory.get_freeable_input_buf
 
     def corrected(*arguments: Any, **options: Any) -> dict[str, Any]:
         buffers = estimated(*arguments, **options)
@@ -29,7 +29,7 @@ def true_input_sizes() -> Iterator[None]:
                 buffer.mpi_buffer.size_free = nbytes
         return buffers
 
-    with mock.patch.object(memory, "get_freeable_input_buf", corrected):
+    with replaced(inductor_memory, "get_freeable_input_buf", corrected):
         yield
 
 
