@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from slimfit_fx.config import Config
 from slimfit_fx.hints import Hints
@@ -74,7 +74,7 @@ def _never_trained(layers: Collection[Layer], config: Config) -> set[str]:
     return {name for layer in layers if not layer.always_open for name in layer.parameters}
 
 
-def _names_of(model: nn.Module, parameter: nn.Parameter) -> Iterator[str]:
+def _names_of(model: nn.Module, parameter: Tensor) -> Iterator[str]:
     named = model.named_parameters(remove_duplicate=False)
     return (name for name, other in named if other is parameter)
 

@@ -9,8 +9,8 @@ from slimfit_fx.torch_internals import fused_devices
 _FUSED = (Adam, AdamW, SGD, Adagrad)
 # What the user asked for instead, or what fused kernels do not do.
 _INSTEAD = ("fused", "foreach", "capturable", "differentiable")
-# Adagrad has no kernel for it.
-_MISSING: dict[type[Optimizer], set[str]] = {Adagrad: {"cuda"}}
+# Whether it has a kernel for CUDA depends on torch's version; it has none for others.
+_ONLY: dict[type[Optimizer], set[str]] = {Adagrad: {"cpu"}}
 
 
 def not_fused(optimizer: Optimizer) -> str | None:
@@ -18,7 +18,7 @@ def not_fused(optimizer: Optimizer) -> str | None:
     kind = type(optimizer)
     if kind not in _FUSED or any(group.get(option) for group in optimizer.param_groups for option in _INSTEAD):
         return None
-    devices = set(fused_devices()) - _MISSING.get(kind, set())
+    devices = _ONLY.get(kind, set(fused_devices()))
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         sparse = parameter.grad is not None and parameter.grad.is_sparse
         if parameter.device.type not in devices or not parameter.is_floating_point() or sparse:
