@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 from examples.text import finetune
 from slimfit_fx import Config
-from slimfit_fx.codecs import Codec, Derivative, FixedPoint, Float8, Quantize, Recompute, TopK, TopOfBlock
+from slimfit_fx.codecs import Derivative, FixedPoint, Float8, Format, Quantize, Recompute, TopK, TopOfBlock
 from slimfit_fx.inspection.gradient_difference import gradient_errors
 from slimfit_fx.inspection.probe import sample_gradients
 from slimfit_fx.presets import PRESETS
 
 from .run import machine
 
-GENERAL: list[Codec] = [
+GENERAL: list[Format] = [
     Quantize(8, 128),
     Float8("e4m3", 128),
     Quantize(4, 64),
@@ -40,7 +40,7 @@ GENERAL: list[Codec] = [
     Quantize(2, 64, symmetric=False, stochastic=True),
     TopOfBlock(8),
 ]
-CANDIDATES: dict[str, list[Codec]] = {
+CANDIDATES: dict[str, list[Format]] = {
     "activation input": [
         *GENERAL,
         FixedPoint(4, 0.5, -4.0),

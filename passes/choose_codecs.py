@@ -13,13 +13,15 @@ _SMALL = 64
 
 
 def choose_codecs(_: SplitGraph, plan: Plan) -> None:
-    """Notes the codec of each tensor. What is much smaller than the others keeps its precision unless asked for."""
+    """Notes the codec of each tensor, or the choice. What is much smaller than the others keeps its precision unless
+    asked for.
+    """
     choices = [
         (row, *plan.rules.chosen(row.role, row.module, getattr(torch, row.dtype)))
         for row in plan.saved
         if not row.borrowed and row.role != GATES
     ]
-    largest = max((row.nbytes for row, _, codec in choices if codec is not None), default=0)
-    for row, asked, codec in choices:
+    largest = max((row.nbytes for row, _, choice in choices if choice is not None), default=0)
+    for row, asked, choice in choices:
         if asked or row.nbytes * _SMALL >= largest:
-            row.codec = codec
+            row.want(choice)

@@ -35,9 +35,13 @@ def compress(split: SplitGraph, plan: Plan) -> None:
     """Applies the codec of every row of the plan whose tensor is still saved, and notes the bytes of its parts.
 
     Tensors that share a storage share its fate: if one of them is stored as it is, so are the others.
+    A choice that is left, as its pass was disabled, comes to its default.
     """
     saved = [(produced, taken, row) for produced, taken in split.saved() if (row := plan.find(taken.name)) is not None]
     saved = [(produced, taken, row) for produced, taken, row in saved if not row.borrowed]
+    for _, _, row in saved:
+        while row.undecided is not None:
+            row.decide(row.undecided.default)
     whole = {storage_of(produced) for produced, taken, row in saved if not _encodes(row, taken)}
     counted, traces = set(), _Traces()
     for produced, taken, row in saved:

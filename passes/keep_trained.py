@@ -19,15 +19,16 @@ from slimfit_fx.graph.split import SplitGraph
 
 
 def keep_trained(split: SplitGraph, plan: Plan) -> None:
-    """Adds a dynamic row for every static one whose codec is `WhenFrozen`, and leaves the codec for frozen steps."""
+    """Adds a dynamic row for every static one whose choice is `WhenFrozen`, and leaves the codec for frozen steps."""
     for produced, taken in list(split.saved()):
         row = plan.find(taken.name)
-        if row is None or not isinstance(row.codec, WhenFrozen):
+        if row is None or not isinstance(row.undecided, WhenFrozen):
             continue
-        row.codec = row.codec.codec
+        choice = row.undecided
+        row.decide(choice.codec)
         gate = None if row.borrowed or row.dynamic else _trained_by(taken)
         if gate is not None:
-            _keep_beside(split, plan, row, produced, taken, gate)
+            _keep_beside(split, plan, row, choice, produced, taken, gate)
 
 
 def _trained_by(taken: fx.Node) -> int | None:
@@ -54,7 +55,9 @@ def _gate_of(total: fx.Node) -> int | None:
     return None
 
 
-def _keep_beside(split: SplitGraph, plan: Plan, row: SavedTensor, produced: fx.Node, taken: fx.Node, gate: int) -> None:
+def _keep_beside(
+    split: SplitGraph, plan: Plan, row: SavedTensor, choice: WhenFrozen, produced: fx.Node, taken: fx.Node, gate: int
+) -> None:
     graph = split.forward.graph
     with insertion_behind(produced):
         kept = call(graph, ops.save_if_open.default, (produced, split.gates, [gate]), produced)
@@ -64,6 +67,7 @@ def _keep_beside(split: SplitGraph, plan: Plan, row: SavedTensor, produced: fx.N
         row.name = static.name
         rows = hint(produced.meta["val"].shape[0])
         again = SavedTensor(whole.name, row.module, row.role, row.shape, row.dtype, (gate,), nbytes=0, rows=rows)
+        again.choice = choice
         again.store(bytes_of(kept, rows))
         plan.saved.insert(plan.saved.index(row) + 1, again)
         with split.insertion():

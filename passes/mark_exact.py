@@ -9,7 +9,6 @@ from torch import fx
 
 from slimfit_fx.analysis.conditioning import Error, error_of, gradient_error_of, operator_of, reads_as_mask
 from slimfit_fx.analysis.find_role import is_softmax, is_sum, leads_to
-from slimfit_fx.codecs import Recompute
 from slimfit_fx.graph.decide_in_forward import decide_in_forward
 from slimfit_fx.graph.nodes import COPIES, VIEWS, aten, dependent_on_gradients, is_tensor, storage_of
 from slimfit_fx.graph.plan import Plan
@@ -41,8 +40,8 @@ def mark_exact(split: SplitGraph, plan: Plan) -> None:
             found[storage_of(produced)] = MASK
             continue
         readings[taken] = _Reading(taken, gradients, order)
-        _, codec = plan.rules.chosen(row.role, row.module, taken.meta["val"].dtype)
-        lossless = codec is None or codec == Recompute(None)
+        _, choice = plan.rules.chosen(row.role, row.module, taken.meta["val"].dtype)
+        lossless = choice is None or choice.lossless
         if readings[taken].is_close or (lossless and readings[taken].decisions):
             found.setdefault(storage_of(produced), EXACT)
     decided: dict[fx.Node, bool] = {}

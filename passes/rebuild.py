@@ -4,7 +4,7 @@ A linear layer's input is often a pointwise function of a tensor that is saved a
 a norm's affine image of the normalised value, a view of anything. It is computed again in the backward, right before
 it is used. One storage is thereby saved once, whatever views of it the backward takes.
 
-Tensors whose codec is `Recompute` may also go through matrix products and reductions: the softmax of attention, from
+Tensors whose choice is `Recompute` may also go through matrix products and reductions: the softmax of attention, from
 query and key, and those from the input of their linear layers. If that is an activation that an earlier graph made, it
 is saved for the purpose: one tensor for three.
 """
@@ -58,16 +58,16 @@ def rebuild(split: SplitGraph, plan: Plan) -> None:
         row = plan.find(taken.name)
         if row is None or row.borrowed:
             continue
-        wish = row.codec if isinstance(row.codec, Recompute) else None
-        if wish is None and not row.rebuildable:
+        choice = row.undecided if isinstance(row.undecided, Recompute) else None
+        if choice is None and not row.rebuildable:
             continue
-        allowed, savable = (_recomputable, recipes.kept_inputs) if wish else (_cheap, ())
+        allowed, savable = (_recomputable, recipes.kept_inputs) if choice else (_cheap, ())
         steps = recipes.find(produced, allowed, savable)
-        if wish:
-            row.codec = wish.otherwise
+        if choice:
+            row.decide(choice.otherwise)
         if steps is not None and recipes.are_accurate(steps, produced, row.role):
             split.replace_saved(taken, [], lambda _, steps=steps, node=produced: recipes.replay(steps, node))
-            row.store(0, "recomputed" if wish else "rebuilt")
+            row.store(0, choice.label if choice else "rebuilt")
 
 
 def _cheap(node: fx.Node) -> bool:
@@ -163,7 +163,8 @@ class _Recipes:
     def _is_rounded(self, source: fx.Node, taken: fx.Node | None) -> bool:
         """Whether a codec changes what is saved, or would be saved, of a tensor."""
         row = self.kept_inputs.get(source) if taken is None else self.plan.find(taken.name)
-        return row is not None and row.codec is not None and row.codec.accepts(source.meta["val"].dtype)
+        format = row and (row.undecided or row.codec)
+        return format is not None and format.accepts(source.meta["val"].dtype)
 
     def replay(self, steps: list[_Step], wanted: fx.Node) -> fx.Node:
         """Adds the steps to the backward; returns the node that is `wanted` there."""
@@ -181,6 +182,8 @@ class _Recipes:
         taken = self.split.save(source)
         if (kept := self.kept_inputs.get(source)) is not None:
             row = replace(kept, name=taken.name, gates=(), rows=0, nbytes=0, stored=0)
+            if isinstance(row.undecided, Recompute):  # it is a source, and no longer to be computed
+                row.decide(row.undecided.otherwise)
             self.plan.saved.insert(self.plan.saved.index(kept), row)
         return taken
 

@@ -24,16 +24,17 @@ _RANGES = {"gelu": (-0.1290, 1.1290), "silu": (-0.0999, 1.0999), "mish": (-0.112
 
 
 def save_derivatives(split: SplitGraph, plan: Plan) -> None:
-    """Where a row's codec is `Derivative`, hands that over, if the backward reads nothing else of the input."""
+    """Where a row's choice is `Derivative`, hands that over, if the backward reads nothing else of the input."""
     for produced, taken in list(split.saved()):
         row = plan.find(taken.name)
-        if row is None or not isinstance(row.codec, Derivative):
+        if row is None or not isinstance(row.undecided, Derivative):
             continue
+        choice = row.undecided
         derivative = None if row.borrowed else _find_derivative(taken)
-        if derivative is not None and not _holds(row.codec.codec, taken, derivative):
+        if derivative is not None and not _holds(choice.codec, taken, derivative):
             derivative = None
         moved = None if derivative is None else move_to_forward({taken: produced}, derivative)
-        row.codec = row.codec.otherwise if moved is None else row.codec.codec
+        row.decide(choice.otherwise if moved is None else choice.codec)
         if moved is not None and derivative is not None:
             split.replace_saved(taken, [moved], functools.partial(_read_instead, derivative, row))
 

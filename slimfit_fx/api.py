@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from typing_extensions import Unpack
 
 from .config import Config
+from .config_options import ConfigOptions
 from .errors import ModelError, StateError, VersionError
 from .inspection.explanation import Explanation
 from .inspection.report import Report
@@ -21,7 +23,7 @@ from .scheduling import Scheduler
 _OLDEST_TORCH = (2, 11)
 
 
-def transform(model: nn.Module, config: Config | None = None, **overrides: Any) -> nn.Module:
+def transform(model: nn.Module, config: Config | None = None, **overrides: Unpack[ConfigOptions]) -> nn.Module:
     """Makes training `model` save only what the layers that are open at a step need, inside torch.compile.
 
     The model is changed in place: same object, same class, same state_dict, same hooks. Its training calls run

@@ -5,23 +5,34 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
+from typing_extensions import Unpack
 
-from .codecs import Codec
+from .codecs import Choice, Format
+from .config_options import (
+    ClosedState,
+    ConfigOptions,
+    Granularity,
+    Mode,
+    PolicyName,
+    PresetName,
+    RateSchedule,
+    Regions,
+)
 from .errors import ConfigError, choose
 from .policies import POLICIES
 from .presets import PRESETS
 from .roles import ROLE_DTYPES, ROLES
 
-RATE_SCHEDULES = ("constant", "linear", "cosine")
-CLOSED_STATES = ("device", "host", "none")
-GRANULARITIES = ("parameter", "module", "block")
-MODES = ("inductor", "eager")
-REGIONS = ("model", "blocks")
+RATE_SCHEDULES: tuple[RateSchedule, ...] = get_args(RateSchedule)
+CLOSED_STATES: tuple[ClosedState, ...] = get_args(ClosedState)
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+MODES: tuple[Mode, ...] = get_args(Mode)
+REGIONS: tuple[Regions, ...] = get_args(Regions)
 
 
 @dataclass(frozen=True)
@@ -35,8 +46,8 @@ class Config:
     Attributes:
         preset: how saved tensors are stored. `"exact"`: as they are, but none that can be rebuilt; `"balanced"`: an
             eighth of the bytes or less, at full accuracy; `"tight"`: the fewest bytes; `"paper"`: SlimFit's formats.
-        codecs: overrides of the preset: a codec, or None for as it is, by role (`slimfit_fx.ROLES`) or by a regular
-            expression that is searched in module paths, which goes before roles.
+        codecs: overrides of the preset: a codec, a choice between such, or None for as it is, by role
+            (`slimfit_fx.ROLES`) or by a regular expression that is searched in module paths, which goes before roles.
         freeze_rate: the part of the layers that is closed at each step, 0 <= F <= 1; with a schedule, its end value.
         rate_schedule: how the rate gets there: `"constant"`, at once; `"linear"`; `"cosine"`.
         rise_steps: optimizer steps that a linear or cosine rise from 0 takes.
@@ -70,25 +81,25 @@ class Config:
         seed: of the order of the first turn and of random policies.
     """
 
-    preset: str = "balanced"
-    codecs: Mapping[str, Codec | None] = field(default_factory=dict)
+    preset: PresetName = "balanced"
+    codecs: Mapping[str, Format | None] = field(default_factory=dict)
     freeze_rate: float = 0.9
-    rate_schedule: str = "constant"
+    rate_schedule: RateSchedule = "constant"
     rise_steps: int = 0
     warmup_steps: int = 0
     memory_budget: int | str | None = None
-    policy: str = "update"
+    policy: PolicyName = "update"
     min_open_steps: int = 1
     catch_up: float = 0.0
     decay_moments: bool = False
-    closed_state: str = "device"
+    closed_state: ClosedState = "device"
     closed_state_after: int = 50
-    granularity: str = "parameter"
-    always_open: tuple[str, ...] | None = None
-    never_gate: tuple[str, ...] = ()
-    regions: str = "model"
-    mode: str = "inductor"
-    disable_passes: tuple[str, ...] = ()
+    granularity: Granularity = "parameter"
+    always_open: Sequence[str] | str | None = None
+    never_gate: Sequence[str] | str = ()
+    regions: Regions = "model"
+    mode: Mode = "inductor"
+    disable_passes: Sequence[str] | str = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -124,7 +135,7 @@ class Config:
         """`memory_budget` in bytes."""
         return None if self.memory_budget is None else int(self.memory_budget)
 
-    def replace(self, **overrides: Any) -> Config:
+    def replace(self, **overrides: Unpack[ConfigOptions]) -> Config:
         """A copy with some fields changed; an unknown field raises `ConfigError`."""
         names = [field.name for field in dataclasses.fields(self)]
         for name in overrides:
@@ -145,9 +156,10 @@ class Config:
             raise ConfigError(f"not a JSON text: {error}") from error
         if not isinstance(fields, Mapping):
             raise ConfigError(f"a config is a JSON object, got {type(fields).__name__}")
-        codecs = fields.get("codecs", {}).items()
-        decoded = {key: Codec.from_dict(codec) if codec else None for key, codec in codecs}
-        return cls().replace(**{**fields, "codecs": decoded})
+        codecs = fields.get("codecs", {})
+        if isinstance(codecs, Mapping):  # else the field's own check names it
+            codecs = {key: None if codec is None else Format.from_dict(codec) for key, codec in codecs.items()}
+        return cls().replace(**cast(ConfigOptions, {**fields, "codecs": codecs}))
 
 
 def _share(field: str, value: Any, meaning: str) -> None:
@@ -173,18 +185,20 @@ def _bytes(value: Any) -> int:
     return int(float(match.group(1)) * (1024 if match.group(3) else 1000) ** ("KMG".index(match.group(2)) + 1))
 
 
-def _codecs(overrides: Any) -> dict[str, Codec | None]:
+def _codecs(overrides: Any) -> dict[str, Format | None]:
     """`overrides` with their keys and values checked."""
     if not isinstance(overrides, Mapping):
         raise ConfigError(f"codecs is a mapping from role or regular expression to codec, got {overrides!r}")
     for key, codec in overrides.items():
-        if codec is not None and not isinstance(codec, Codec):
+        if codec is not None and not isinstance(codec, Format):
             raise ConfigError(
                 f"codecs[{key!r}] must be a codec, for example slimfit_fx.codecs.Quantize(8), or None; got {codec!r}"
             )
         dtype = ROLE_DTYPES.get(key, torch.float32)
         if codec is not None and key in ROLES and not codec.accepts(dtype):
             raise ConfigError(f"codecs[{key!r}]: {codec.label} does not encode {str(dtype).removeprefix('torch.')}")
+        if isinstance(codec, Choice) and key in ROLES:
+            codec.check_role(key)
     _patterns("codecs", [key for key in overrides if key not in ROLES])
     return dict(overrides)
 

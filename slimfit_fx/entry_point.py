@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from .compiler.dynamo import unwrapped
 from .config import Config
+from .config_options import Mode
 from .errors import BackendError, ConfigError, SlimFitError, StateError
 from .runtime.registry import session_of, start_session
 from .runtime.session import Session
@@ -19,7 +20,7 @@ def compile_graph(
     module: fx.GraphModule,
     inputs: Sequence[Any],
     *,
-    mode: str | None = None,
+    mode: Mode | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """The backend of the entry point group `torch_dynamo_backends`.
@@ -54,7 +55,7 @@ def _session(config: Config) -> Session:
     return session
 
 
-def _config(mode: str | None, options: Mapping[str, Any]) -> Config:
+def _config(mode: Mode | None, options: Mapping[str, Any]) -> Config:
     config = Config().replace(**options) if mode is None else Config().replace(mode=mode, **options)
     if config.regions != "model":
         raise ConfigError("regions='blocks' needs slimfit_fx.transform(model): torch.compile makes one region")

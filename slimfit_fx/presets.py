@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .codecs import BitMask, Codec, Derivative, FixedPoint, Quantize, Recompute, TopK, WhenFrozen
+from .codecs import BitMask, Derivative, FixedPoint, Format, Quantize, Recompute, TopK, WhenFrozen
+from .config_options import PresetName
 from .module_paths import joined, matches
 from .roles import EXACT, MASK
 
@@ -22,7 +23,7 @@ class Preset:
     rebuild: whether what can be computed from other saved tensors is not saved.
     """
 
-    codecs: Mapping[str, Codec] = field(default_factory=dict)
+    codecs: Mapping[str, Format] = field(default_factory=dict)
     rebuild: bool = True
 
 
@@ -34,7 +35,7 @@ _NORM8 = Quantize(8, group=64, symmetric=False)
 _DERIVATIVE4 = FixedPoint(4, step=1.26 / 15, low=-0.13)
 _FIXED8 = FixedPoint(8, 1 / 16, -8.0)
 
-_BALANCED: Mapping[str, Codec] = {
+_BALANCED: Mapping[str, Format] = {
     "linear input": _INT8,
     "feed-forward input": _INT8,
     "activation input": _INT8,
@@ -47,7 +48,7 @@ _BALANCED: Mapping[str, Codec] = {
     "other": _INT8,
 }
 
-PRESETS = {
+PRESETS: dict[PresetName, Preset] = {
     "exact": Preset(),
     # SlimFit, section 4: every tensor as published, nothing rebuilt
     "paper": Preset(
@@ -86,12 +87,13 @@ class CodecRules:
 
     Attributes:
         preset: a name in `PRESETS`.
-        overrides: codec, or None for as it is, by role or by a regular expression that is searched in module paths.
+        overrides: codec, choice, or None for as it is, by role or by a regular expression that is searched in module
+            paths.
         path: of the captured module in the model; it goes before the paths of the modules in it.
     """
 
-    preset: str
-    overrides: Mapping[str, Codec | None]
+    preset: PresetName
+    overrides: Mapping[str, Format | None]
     path: str = ""
 
     @property
@@ -99,8 +101,8 @@ class CodecRules:
         """Whether what can be computed from other saved tensors is not saved."""
         return PRESETS[self.preset].rebuild
 
-    def chosen(self, role: str, module: str, dtype: torch.dtype) -> tuple[bool, Codec | None]:
-        """(whether an override says so, the codec)."""
+    def chosen(self, role: str, module: str, dtype: torch.dtype) -> tuple[bool, Format | None]:
+        """(whether an override says so, the codec or the choice)."""
         for key in matches(self.overrides, joined(self.path, module)):
             codec = self.overrides[key]
             if role not in _PRECISE and (codec is None or codec.accepts(dtype)):

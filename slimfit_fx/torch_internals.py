@@ -19,6 +19,7 @@ try:
     import torch._C._dynamo.eval_frame as eval_frame
     import torch._C._functorch as functorch  # type: ignore[import-not-found]
     import torch._dynamo.backends.common
+    import torch._dynamo.config
     import torch._dynamo.convert_frame
     import torch._dynamo.exc
     import torch._dynamo.source
@@ -36,6 +37,7 @@ try:
     import torch._inductor.virtualized
     import torch._logging._internal
     import torch._subclasses
+    import torch.utils._foreach_utils
     import torch.utils._pytree
     import torch.utils._sympy.functions
 
@@ -87,6 +89,10 @@ try:
     backward_keeps_graph = autograd._get_current_graph_task_keep_graph  # whether that one has retain_graph=True
     peek_interpreter_stack = functorch.peek_interpreter_stack  # whether a transform of torch.func is under way
     tree_leaves = torch.utils._pytree.tree_leaves  # what is in a nest of containers
+
+    # Hints
+    dynamo_config = torch._dynamo.config  # how often it compiles the same code
+    fused_devices = torch.utils._foreach_utils._get_fused_kernels_supported_devices  # of optimizers
 except (ImportError, AttributeError) as error:
     raise VersionError(f"torch {torch.__version__} lacks what slimfit_fx builds on: {error}. {_ADVICE}") from error
 

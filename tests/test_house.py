@@ -30,10 +30,12 @@ FLOORS = [
     {"graph"},
     {"config"},
     {"presets", "policies"},
+    {"config_options"},
     {"module_paths"},
-    {"roles", "codecs"},
+    {"codecs"},
+    {"roles"},
     {"torch_internals", "sizes"},
-    {"errors"},
+    {"errors", "hints"},
 ]
 HEIGHT = {name: -place for place, row in enumerate(FLOORS) for name in row}
 

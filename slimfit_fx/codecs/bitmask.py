@@ -23,6 +23,10 @@ class BitMask(Codec):
     def accepts(self, dtype: torch.dtype) -> bool:
         return dtype is torch.bool
 
+    @property
+    def lossless(self) -> bool:
+        return True
+
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         layout = self._layout(x.shape)
         return (layout.pack(layout.split(as_rows(x.to(torch.float32).reshape(flat(x.shape))))),)

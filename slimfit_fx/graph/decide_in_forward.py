@@ -28,7 +28,8 @@ def decide_in_forward(split: SplitGraph, plan: Plan, taken: fx.Node, decision: f
     erase_unread(decision)
     shape = tuple(int(size) if str(size).isdigit() else str(size) for size in mask.meta["val"].shape)
     new = SavedTensor(placeholder.name, row.module, "dropout mask", shape, "bool", (), nbytes=0)
-    new.rebuildable, new.codec = row.rebuildable, BitMask()
+    new.rebuildable = row.rebuildable
+    new.want(BitMask())
     new.store(bytes_of(mask))
     plan.saved.insert(plan.saved.index(row) + 1, new)
     return True

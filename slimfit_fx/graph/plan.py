@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from slimfit_fx.codecs import Codec
+from slimfit_fx.codecs import Choice, Codec, Format
 from slimfit_fx.module_paths import joined
 from slimfit_fx.presets import CodecRules
 
@@ -28,9 +28,12 @@ class SavedTensor:
         borrowed: whether the caller holds its storage anyway: an input, a parameter, or a view of one.
         rows: how many rows a dynamic tensor has when a gate is open.
         rebuildable: whether it is left out if it can be computed from other saved tensors.
-        codec: what the configuration wants for it; None stores it as it is.
+        choice: what the configuration wants for it; None stores it as it is.
+        undecided: the choice that is left to a pass that is still to come.
+        codec: what stores it, if it is not rebuilt; None, as it is. What a choice comes to is known behind its pass.
         stored: bytes of what is handed over in its place.
-        form: how it is stored, in words: the codec that was used, `"rebuilt"`, or `""` for as it is.
+        form: how it is stored, in words: the codec that was used; `"rebuilt"`, point by point, or `"recomputed"`, with
+            matrix products, from others; `""` for as it is.
         derived: whether the activation function's derivative is stored in its place.
     """
 
@@ -44,6 +47,8 @@ class SavedTensor:
     borrowed: bool = False
     rows: int = 0
     rebuildable: bool = True
+    choice: Format | None = None
+    undecided: Choice | None = None
     codec: Codec | None = None
     stored: int = -1
     form: str = ""
@@ -63,6 +68,16 @@ class SavedTensor:
         if self.dynamic and not any(open_gates[gate] for gate in self.gates):
             return 0
         return self.stored
+
+    def want(self, choice: Format | None) -> None:
+        """Notes what the configuration wants."""
+        self.choice = choice
+        self.decide(choice)
+
+    def decide(self, format: Format | None) -> None:
+        """Notes what a choice came to: a codec, None, or a choice for a later pass."""
+        self.undecided = format if isinstance(format, Choice) else None
+        self.codec = format if isinstance(format, Codec) else None
 
     def store(self, nbytes: int, form: str = "") -> None:
         """Notes what a pass made of it."""

@@ -118,8 +118,9 @@ class Comparison:
 
     @cached_property
     def _pruned(self) -> bool:
-        """Whether what is saved of an open layer depends on the gates of another, a norm."""
-        return any(isinstance(tensor.codec, WhenFrozen) for tensor in self.half.plan.saved)
+        """Whether what is saved of an open layer depends on the gates of another, a norm: it is kept whole beside."""
+        saved = self.half.plan.saved
+        return any(isinstance(row.choice, WhenFrozen) and row.dynamic and not row.choice.lossless for row in saved)
 
     @cached_property
     def _norm(self) -> float:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from slimfit_fx.config import Config
+from slimfit_fx.config_options import ConfigOptions
 from slimfit_fx.errors import StateError
 from slimfit_fx.runtime.registry import original, session_of
 
@@ -19,7 +21,7 @@ def verify(
     batch: Any,
     loss: Callable[[Any], Tensor] | None = None,
     config: Config | None = None,
-    **overrides: Any,
+    **overrides: Unpack[ConfigOptions],
 ) -> Verification:
     """Whether training this model with slimfit_fx does what training it without does; print the answer.
 
@@ -58,7 +60,7 @@ def verify(
     return compare(original(model), batch, loss, options)
 
 
-def _options(model: nn.Module, config: Config | None, overrides: dict[str, Any]) -> Config:
+def _options(model: nn.Module, config: Config | None, overrides: ConfigOptions) -> Config:
     """How `model` is, or would be, transformed; all gates open until they are set by hand."""
     session = session_of(model)
     if session is None:

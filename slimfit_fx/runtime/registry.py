@@ -9,6 +9,7 @@ from torch import nn
 
 from slimfit_fx.config import Config
 from slimfit_fx.errors import StateError
+from slimfit_fx.model.hints import hint_at_costs
 from slimfit_fx.model.layers import warn_if_all_open
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def start_session(model: nn.Module, config: Config) -> Session:
             )
     session = _sessions[model] = Session(model, config)
     warn_if_all_open(model, session.layers, config)
+    hint_at_costs(model, session.layers, config)
     return session
 
 

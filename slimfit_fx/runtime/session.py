@@ -32,6 +32,7 @@ from .backward_guard import watch_backward
 from .left_out import LeftOut
 from .outside import OutsideGradients
 from .parameter_hooks import spare_hooks
+from .recompiles import Recompiles
 from .run import Run
 
 
@@ -68,6 +69,7 @@ class Session:
         self._finished: list[Run] = []  # what the last whole forward ran
         self._under_way = False
         self._left_out = LeftOut()
+        self._recompiles = Recompiles()
         self._path = ""  # of the region that is being called
         self._places = Places(model, {n: parameters[n] for layer in self.layers for n in layer.parameters})
         self._hooks = listen_to_optimizers(self.scheduler)
@@ -199,6 +201,7 @@ class Session:
             origin=origin_of(module, self._path),
             activations=frozenset(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x.is_leaf),
         )
+        self._recompiles.saw(capture.origin, delimits or bool(self._finished))
         rules = CodecRules(self.config.preset, self.config.codecs, self._path)
         compiled = compile_capture(module, inputs, capture, rules, self.config.mode, self.config.disable_passes)
         self.captures.append(capture)

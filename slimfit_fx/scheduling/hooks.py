@@ -5,22 +5,32 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from slimfit_fx.compiler.dynamo import not_traced
+from slimfit_fx.hints import Hints
 from slimfit_fx.scheduling import Arguments, Scheduler
+
+from .fused import not_fused
 
 
 def listen_to_optimizers(scheduler: Scheduler) -> Callable[[], None]:
     """Calls the scheduler around every optimizer step of the process; returns what ends that."""
-    alive = weakref.ref(scheduler)
+    alive, hints, seen = weakref.ref(scheduler), Hints(), WeakSet[Optimizer]()
 
     @not_traced
     def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        target = alive()
-        return None if target is None else target.before_optimizer_step(optimizer, args, kwargs)
+        if (target := alive()) is None:
+            return None
+        arguments = target.before_optimizer_step(optimizer, args, kwargs)
+        if optimizer not in seen:
+            seen.add(optimizer)
+            if optimizer in target.optimizers:
+                hints.give("fused", not_fused, optimizer)
+        return arguments
 
     @not_traced
     def after(optimizer: Optimizer, *_: Any) -> None:
