@@ -59,7 +59,11 @@ def _vit(batch: int, length: int, layers: int, config: dict[str, Any]) -> tuple[
 
 def _llama(batch: int, length: int, layers: int, config: dict[str, Any]) -> tuple[nn.Module, Inputs]:
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama import modeling_llama
 
+    # None: causal attention without a mask, as an eager run finds out by reading the positions. What is traced, or
+    # stands on the meta device, cannot be read, and would have a mask, and so another kernel.
+    modeling_llama.create_causal_mask = lambda *_, **__: None
     kind = {"use_cache": False, "attn_implementation": "sdpa", "max_position_embeddings": length}
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **kind, **config))
     return model, {"input_ids": _tokens(batch, length), "labels": _tokens(batch, length)}
