@@ -27,15 +27,7 @@ def to_cuda(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModu
     context = torch._guards.TracingContext.get()
     mode = context.fake_mode
     assert mode is not None
-    moved = fx.GraphModule(module, copy.deepcopy(module.graph))
-    for node in moved.graph.nodes:
-        if node.op == "placeholder" and isinstance(example := node.meta.get("example_value"), Tensor):
-            node.meta["example_value"] = _fake(mode, example)
-        node.args = tuple(map(_device, node.args))
-        node.kwargs = {name: _device(value) for name, value in node.kwargs.items()}
-        if node.op == "call_function" and node.target in _ATTENTION:
-            node.target = attention
-    moved.recompile()
+    moved = _moved(module, mode)
     placeholders = moved.graph.find_nodes(op="placeholder")
     pairs = zip(inputs, placeholders, strict=True)
     return moved, [_like(mode, x, node) if isinstance(x, Tensor) else x for x, node in pairs]
@@ -67,6 +59,22 @@ def attention(
     return aten._scaled_dot_product_efficient_attention(
         query, key, value, bias, True, dropout_p, is_causal, scale=scale
     )[0]
+
+
+def _moved(module: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModule:
+    moved = fx.GraphModule(module, copy.deepcopy(module.graph))
+    for name, part in list(moved.named_children()):
+        if isinstance(part, fx.GraphModule):  # the body of a checkpointed block
+            setattr(moved, name, _moved(part, mode))
+    for node in moved.graph.nodes:
+        if node.op == "placeholder" and isinstance(example := node.meta.get("example_value"), Tensor):
+            node.meta["example_value"] = _fake(mode, example)
+        node.args = tuple(map(_device, node.args))
+        node.kwargs = {name: _device(value) for name, value in node.kwargs.items()}
+        if node.op == "call_function" and node.target in _ATTENTION:
+            node.target = attention
+    moved.recompile()
+    return moved
 
 
 def _device(argument: Any) -> Any:

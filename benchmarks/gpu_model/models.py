@@ -34,10 +34,10 @@ class Model:
     length: int
     config: Mapping[str, Any]
 
-    def build(self, batch: int, layers: int | None = None, device: str = "meta") -> tuple[nn.Module, Inputs]:
+    def build(self, batch: int, layers: int | None = None) -> tuple[nn.Module, Inputs]:
         """The model in training mode, with another number of layers if asked for, and a batch of inputs."""
         _import_torchvision()
-        with torch.device(device):
+        with torch.device("meta"):
             model, inputs = _FAMILIES[self.family](batch, self.length, layers or self.layers, dict(self.config))
         return model.train(), inputs
 
@@ -45,7 +45,8 @@ class Model:
 def _bert(batch: int, length: int, layers: int, config: dict[str, Any]) -> tuple[nn.Module, Inputs]:
     from transformers import BertConfig, BertForSequenceClassification
 
-    kind = {"num_labels": 2, "problem_type": "single_label_classification", "attn_implementation": "sdpa"}
+    kind: dict[str, Any] = {"num_labels": 2, "problem_type": "single_label_classification", "attn_implementation": "sdpa"}
+    kind["use_cache"] = False  # else checkpointing logs a warning, at which Dynamo breaks the graph
     model = BertForSequenceClassification(BertConfig(num_hidden_layers=layers, **kind, **config))
     return model, {"input_ids": _tokens(batch, length), "labels": torch.randint(0, 2, (batch,))}
 
@@ -64,7 +65,7 @@ def _llama(batch: int, length: int, layers: int, config: dict[str, Any]) -> tupl
     # None: causal attention without a mask, as an eager run finds out by reading the positions. What is traced, or
     # stands on the meta device, cannot be read, and would have a mask, and so another kernel.
     modeling_llama.create_causal_mask = lambda *_, **__: None
-    kind = {"use_cache": False, "attn_implementation": "sdpa", "max_position_embeddings": length}
+    kind: dict[str, Any] = {"use_cache": False, "attn_implementation": "sdpa", "max_position_embeddings": length}
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **kind, **config))
     return model, {"input_ids": _tokens(batch, length), "labels": _tokens(batch, length)}
 

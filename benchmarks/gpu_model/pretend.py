@@ -56,7 +56,12 @@ def pretend(device: Device = H100) -> Iterator[None]:
             )
         )
         stack.enter_context(
-            functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)
+            functorch_config.patch(
+                enable_autograd_cache=False,
+                force_non_lazy_backward_lowering=True,
+                # checkpointed dropout then saves random states as tensors; the generators of a device are not there
+                graphsafe_rng_functionalization=False,
+            )
         )
         yield
 

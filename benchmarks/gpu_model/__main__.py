@@ -1,0 +1,37 @@
+"""The command line; see the package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import guard
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model", description="see benchmarks/gpu_model")
+    commands = parser.add_subparsers(dest="command", required=True)
+    table = commands.add_parser("table", help="simulates what the table lacks")
+    table.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-simulated.json")
+    table.add_argument("--only", default="", help="models with this in their names")
+    table.add_argument("--device", choices=["H100", "A100"], default="H100")
+    options = parser.parse_args(arguments)
+    try:
+        guard.load()
+    except guard.ToolError as error:
+        sys.exit(str(error))
+    # all that follows imports torch
+    from .devices import DEVICES
+    from .pretend import pretend
+
+    device = DEVICES[options.device]
+    with pretend(device):
+        if options.command == "table":
+            from .table import RESULT, measure
+
+            measure(device, options.out or RESULT, options.only)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The table of docs/benchmarks.md: simulated steps of every method on whole models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .devices import H100, Device
+from .methods import FREEZE_RATE, METHODS, Step
+from .models import REAL
+from .trace import at_depth, peak_at_depth
+
+RESULT = Path(__file__).parent.parent / "results" / "gpu-simulated.json"
+BATCHES = (32, 128, 8)
+DEPTHS = (2, 3)  # a model of one layer has fewer kernels in common with a deep one
+Row = dict[str, Any]
+
+
+def measure(device: Device = H100, out: Path = RESULT, only: str = "") -> None:
+    """Adds to `out` what it lacks, row by row; `only`: models with this in their names."""
+    result = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    result |= {
+        "what": "simulated from generated code, no kernel ran; seconds are a roofline",
+        "device": device.name,
+        "torch": torch.__version__,
+        "freeze_rate": FREEZE_RATE,
+        "optimizer": "AdamW, fused: both moments of every parameter that trains, no temporaries",
+        "depths": DEPTHS,
+    }
+    done = {key(row) for row in result["rows"]}
+    for name, bf16, batch, method in cells(only):
+        if (name, "bf16" if bf16 else "fp32", batch, method) in done:
+            continue
+        for row in rows(name, bf16, batch, method, device):
+            result["rows"].append(row)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        print(name, "bf16" if bf16 else "fp32", batch, method, flush=True)
+
+
+def cells(only: str) -> Iterator[tuple[str, bool, int, str]]:
+    """(model, whether under bf16 autocast, batch, method)."""
+    for batch in BATCHES:
+        for name in REAL:
+            if only in name:
+                for bf16 in (False, True):
+                    yield from ((name, bf16, batch, method) for method in METHODS)
+
+
+def key(row: Row) -> tuple[str, str, int, str]:
+    return row["model"], row["precision"], row["batch"], row["method"]
+
+
+def rows(name: str, bf16: bool, batch: int, method: str, device: Device) -> Iterator[Row]:
+    """What the JSON has of a cell; tf32 is the code of fp32 on another roofline."""
+    model = REAL[name]
+    less, more = (METHODS[method](model, batch, layers, bf16) for layers in DEPTHS)
+    for precision in ("bf16",) if bf16 else ("fp32", "tf32"):
+        cell = {"model": name, "precision": precision, "batch": batch, "method": method}
+        yield {**cell, **at_layers(less, more, DEPTHS, model.layers, device, "fp32" if bf16 else precision)}
+
+
+def at_layers(
+    less: Step, more: Step, depths: tuple[int, int], layers: int, device: Device, precision: str
+) -> dict[str, float]:
+    """The figures of a model with `layers` layers from those with `depths`; bytes, seconds, FLOPs and counts.
+
+    `total_bytes`: weights, AdamW's states and the peak of activations, gradients and temporaries.
+    """
+    between, beyond = depths[1] - depths[0], layers - depths[1]
+    figures = zip(
+        less.trace.figures(device, precision).items(), more.trace.figures(device, precision).values(), strict=True
+    )
+    found = {name: at_depth(a, b, between, beyond) for (name, a), b in figures}
+    found["weight_bytes"] = at_depth(less.weights, more.weights, between, beyond)
+    found["state_bytes"] = at_depth(less.states, more.states, between, beyond)
+    found["peak_bytes"] = peak_at_depth(less.trace, more.trace, between, beyond)
+    found["total_bytes"] = found["weight_bytes"] + found["state_bytes"] + found["peak_bytes"]
+    found["seconds"] = found["forward_seconds"] + found["backward_seconds"]
+    return {name: round(value, 6) if "seconds" in name else round(value) for name, value in found.items()}
