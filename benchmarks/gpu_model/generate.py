@@ -30,12 +30,14 @@ class Pair:
     """One captured graph's code.
 
     Attributes:
+        names: of the graph's inputs: a parameter, a buffer, or an input of the model.
         capture: the rewritten graphs and their plan; None for torch.compile.
         open: for each gate of the graph, whether its layer always trains.
     """
 
     forward: Code
     backward: Code
+    names: tuple[str, ...]
     capture: Capture | None = None
     open: tuple[bool, ...] = ()
 
@@ -60,13 +62,14 @@ def plain(model: nn.Module, inputs: Inputs, *, bf16: bool = False) -> Generated:
         model, inputs: as `Model.build` gives them.
         bf16: under autocast.
     """
+    names = _names(model, inputs)
     pairs: list[Pair] = []
     calls: list[int] = []
 
     def compile(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         with generated() as found:
             compile_fx(*to_cuda(module, example_inputs))
-        pairs.append(Pair(*_two(found)))
+        pairs.append(Pair(*_two(found), tuple(names.get(id(x), "") for x in example_inputs)))
         place = len(pairs) - 1
 
         def run(*arguments: Any) -> Any:
@@ -86,13 +89,14 @@ def slim(model: nn.Module, inputs: Inputs, *, bf16: bool = False, **options: Any
     Raises:
         SlimFitError: as in training.
     """
-    found_by: dict[Capture, list[Code]] = {}
+    names = _names(model, inputs)
+    found_by: dict[Capture, tuple[list[Code], tuple[str, ...]]] = {}
     ran: list[Capture] = []
 
     def compile(module: fx.GraphModule, example_inputs: Sequence[Any], capture: Capture, *rules: Any) -> Any:
         with generated() as found:
             compile_capture(*to_cuda(module, example_inputs), capture, *rules)
-        found_by[capture] = found
+        found_by[capture] = found, tuple(names.get(id(x), "") for x in example_inputs)
 
         def run(*arguments: Any) -> Any:
             ran.append(capture)
@@ -107,14 +111,18 @@ def slim(model: nn.Module, inputs: Inputs, *, bf16: bool = False, **options: Any
     session = started_session(model)
     layers = {run.capture: run.layers for run in session.active}
     pairs = [
-        Pair(*_two(found), capture, tuple(_always_open(session.layers, place) for place in layers[capture]))
-        for capture, found in found_by.items()
+        Pair(*_two(found), taken, capture, tuple(_always_open(session.layers, place) for place in layers[capture]))
+        for capture, (found, taken) in found_by.items()
         if capture in layers
     ]
     order = [pair.capture for pair in pairs]
     calls = [order.index(capture) for capture in ran]
     slimfit_fx.undo(model)
     return Generated(pairs, calls, time.perf_counter() - start)
+
+
+def _names(model: nn.Module, inputs: Inputs) -> dict[int, str]:
+    return {id(x): name for name, x in (*model.named_parameters(), *model.named_buffers(), *inputs.items())}
 
 
 def _always_open(layers: Sequence[Any], place: int | None) -> bool:

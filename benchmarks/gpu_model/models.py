@@ -34,10 +34,10 @@ class Model:
     length: int
     config: Mapping[str, Any]
 
-    def build(self, batch: int, layers: int | None = None) -> tuple[nn.Module, Inputs]:
+    def build(self, batch: int, layers: int | None = None, device: str = "meta") -> tuple[nn.Module, Inputs]:
         """The model in training mode, with another number of layers if asked for, and a batch of inputs."""
         _import_torchvision()
-        with torch.device("meta"):
+        with torch.device(device):
             model, inputs = _FAMILIES[self.family](batch, self.length, layers or self.layers, dict(self.config))
         return model.train(), inputs
 
@@ -47,7 +47,7 @@ def _bert(batch: int, length: int, layers: int, config: dict[str, Any]) -> tuple
 
     kind: dict[str, Any] = {"num_labels": 2, "problem_type": "single_label_classification", "attn_implementation": "sdpa"}
     kind["use_cache"] = False  # else checkpointing logs a warning, at which Dynamo breaks the graph
-    model = BertForSequenceClassification(BertConfig(num_hidden_layers=layers, **kind, **config))
+    model = BertForSequenceClassification(BertConfig(num_hidden_layers=layers, **{**kind, **config}))
     return model, {"input_ids": _tokens(batch, length), "labels": torch.randint(0, 2, (batch,))}
 
 
@@ -97,6 +97,22 @@ SMALL: Mapping[str, Model] = {
     "vit": Model("vit", 2, 64, {"embed_dim": 128, "num_heads": 2, "num_classes": 10}),
     "llama": Model("llama", 2, 64, {**_SMALL_TEXT, "num_key_value_heads": 1, "vocab_size": 1000}),
 }
+# for the interpreter: operators that a CPU has, nothing random
+TINY = Model(
+    "bert",
+    1,
+    8,
+    {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 60,
+        "max_position_embeddings": 8,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "attn_implementation": "eager",
+    },
+)
 # the sizes of Llama 3.2 1B, its vocabulary cut from 128,256 to 32,000
 _LLAMA_1B = {
     "hidden_size": 2048,

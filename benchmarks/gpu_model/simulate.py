@@ -34,17 +34,17 @@ def simulate(pair: Pair, freeze_rate: float = 0.0) -> Trace:
     fractions = [1.0 if always else 1.0 - freeze_rate for always in pair.open]
     trace = Trace()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        arguments = _examples(pair.forward.source)
+        arguments = examples(pair.forward.source)
         machine = Machine(fractions, held=arguments)
         results = _run(pair.forward.source, machine, list(arguments))
         trace.forward = machine.take()
-        names = _names(pair.backward.source)
+        names = argument_names(pair.backward.source)
         tangents = sum("tangents" in name for name in names)
         outputs = len(results) - (len(names) - tangents)
         saved = results[outputs:]
         del results
         trace.saved = machine.memory.look()
-        backward_arguments = [*saved, *_examples(pair.backward.source, "tangents")]
+        backward_arguments = [*saved, *examples(pair.backward.source, "tangents")]
         del saved
         gradients = _run(pair.backward.source, machine, backward_arguments)
         trace.backward = machine.take()
@@ -69,19 +69,22 @@ def _load(source: str) -> Any:
     return scope["call"]
 
 
-def _names(source: str) -> list[str]:
+def argument_names(source: str) -> list[str]:
     found = _ARGUMENTS.search(source)
     assert found is not None, "the generated module takes its arguments in another way"
     return found.group(1).split(", ")
 
 
-def _examples(source: str, only: str = "") -> list[Tensor]:
-    """A module's arguments, or those with `only` in their names, from the benchmark that Inductor writes below it."""
+def examples(source: str, only: str = "", device: str = "") -> list[Tensor]:
+    """A module's arguments, or those with `only` in their names, from the benchmark that Inductor writes below it.
+
+    They are empty, on their own device if none is given.
+    """
     made = {name: rest for name, *rest in _EXAMPLE.findall(source)}
-    return [_empty(made[name]) for name in _names(source) if only in name]
+    return [_empty(made[name], device) for name in argument_names(source) if only in name]
 
 
-def _empty(example: Sequence[str]) -> Tensor:
-    size, stride, device, dtype = example
+def _empty(example: Sequence[str], device: str) -> Tensor:
+    size, stride, own, dtype = example
     sizes = [[int(number) for number in re.findall(r"\d+", text)] for text in (size, stride)]
-    return torch.empty_strided(*sizes, dtype=getattr(torch, dtype), device=device)
+    return torch.empty_strided(*sizes, dtype=getattr(torch, dtype), device=device or own)
