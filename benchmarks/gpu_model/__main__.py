@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from . import guard
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model", description="see benchmarks/gpu_model")
+    parser.add_argument("--device", choices=["H100", "A100"], default="H100")
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("table", help="simulates what the table lacks")
     table.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-simulated.json")
     table.add_argument("--only", default="", help="models with this in their names")
-    table.add_argument("--device", choices=["H100", "A100"], default="H100")
+    check = commands.add_parser("check", help="what the tests want to know, one JSON object a line")
+    check.add_argument("subject", choices=["bert", "vit", "llama", "padded", "stochastic"])
     options = parser.parse_args(arguments)
     try:
         guard.load()
@@ -31,6 +34,12 @@ def main(arguments: list[str] | None = None) -> None:
             from .table import RESULT, measure
 
             measure(device, options.out or RESULT, options.only)
+        else:
+            from . import check
+
+            found = {"padded": check.padded, "stochastic": check.stochastic}.get(options.subject)
+            for fact in [found()] if found else check.check(options.subject):
+                print(json.dumps(fact), flush=True)
 
 
 if __name__ == "__main__":
