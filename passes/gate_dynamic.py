@@ -25,7 +25,7 @@ from torch import fx
 
 from slimfit_fx.graph.gate_ops import ops
 from slimfit_fx.graph.joint import JointGraph
-from slimfit_fx.graph.nodes import CONVERSIONS, aten, base_of, dependent_on_gradients, next_of, readers
+from slimfit_fx.graph.nodes import CONVERSIONS, aten, base_of, dependent_on_gradients, hint, next_of, readers
 from slimfit_fx.graph.plan import GatedGradient, Plan
 from slimfit_fx.torch_internals import must_recompute
 
@@ -34,11 +34,17 @@ _TRANSPOSES = frozenset({aten.permute.default, aten.t.default, aten.transpose.in
 
 @dataclass(frozen=True)
 class _LinearGradient:
-    """A weight gradient of the form `transpose?(convert?(product))`, product = mm(a, b)."""
+    """A weight gradient of the form `transpose?(convert?(product))`, product = mm(first, second).
+
+    Inductor pads products whose sizes do not suit a GPU, before our passes run: then `product` is that of the padded
+    factors, of which the result is a part, and `first` and `second` are what they were.
+    """
 
     position: int
     gate: int
     product: fx.Node
+    first: fx.Node
+    second: fx.Node
     activation: fx.Node
     transposed: bool
     dtype: torch.dtype
@@ -74,15 +80,18 @@ def gate_dynamic(joint: JointGraph, plan: Plan) -> None:
 
 def _match(position: int, gate: int, gradient: fx.Node, backward: set[fx.Node]) -> _LinearGradient | None:
     """Reads `gradient` as a linear layer's weight gradient, if it is one and nothing else uses it."""
-    node, transposed = gradient, False
-    while node.target in _TRANSPOSES or node.target in CONVERSIONS:
+    node, transposed, cut = gradient, False, False
+    while node.target in _TRANSPOSES or node.target in CONVERSIONS or _is_first_part(node):
         if len(node.users) > 1:
             return None
         transposed ^= _transposes(node)
+        cut |= _is_first_part(node)
         node = node.all_input_nodes[0]
     if node.target is not aten.mm.default or len(node.users) > 1:
         return None
-    first, second = node.args
+    first, second = _unpadded(*node.args, _sizes(gradient)[:: -1 if transposed else 1])  # type: ignore[arg-type]
+    if cut and (first, second) == node.args:
+        return None  # a part of the product
     if (first in backward) == (second in backward):
         return None
     activation = second if first in backward else first
@@ -90,7 +99,9 @@ def _match(position: int, gate: int, gradient: fx.Node, backward: set[fx.Node]) 
         position,
         gate,
         product=node,
-        activation=activation,  # type: ignore[arg-type]
+        first=first,
+        second=second,
+        activation=activation,
         transposed=transposed,
         dtype=gradient.meta["val"].dtype,
     )
@@ -132,12 +143,11 @@ def _insert_weight_gradient(
     joint: JointGraph, gates: fx.Node, match: _LinearGradient, kept: Mapping[fx.Node, fx.Node]
 ) -> fx.Node:
     product = match.product
-    first, second = product.args
     rows = _rows(match)
     operand = kept.get(rows, rows)
     if rows is not match.activation:
         operand = joint.insert(aten.permute.default, (operand, [1, 0]), before=product, origin=product)
-    operands = (operand, second) if match.activation is first else (first, operand)
+    operands = (operand, match.second) if match.activation is match.first else (match.first, operand)
     arguments = (*operands, gates, match.gate, match.dtype)
     new = joint.insert(ops.weight_gradient.default, arguments, before=product, origin=product)
     if match.transposed:
@@ -174,9 +184,37 @@ def _insert_pass_gradient(joint: JointGraph, gates: fx.Node, gate: int, gradient
 def _rows(match: _LinearGradient) -> fx.Node:
     """The activation as [n, k], a row per token: as a product's first factor it comes transposed."""
     activation = match.activation
-    if activation is match.product.args[0] and _transposes(activation):
+    if activation is match.first and _transposes(activation):
         return activation.all_input_nodes[0]
     return activation
+
+
+def _unpadded(first: fx.Node, second: fx.Node, sizes: list[int]) -> tuple[fx.Node, fx.Node]:
+    """The factors that were padded with zeros to make a product of which a part has `sizes`, or the factors as they
+    are: a user may pad, too."""
+    a, b = _source_of_padding(first), _source_of_padding(second)
+    (rows, inner), (same_inner, columns) = _sizes(a), _sizes(b)
+    return (a, b) if inner == same_inner and [rows, columns] == sizes else (first, second)
+
+
+def _is_first_part(node: fx.Node) -> bool:
+    """Whether a node takes something away at the end of a dimension."""
+    if node.target is not aten.slice.Tensor:
+        return False
+    _, start, _, step = [*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :]]
+    return not start and step == 1
+
+
+def _source_of_padding(node: fx.Node) -> fx.Node:
+    if node.target is not aten.constant_pad_nd.default:
+        return node
+    source, amounts, *value = node.args
+    behind = all(amount >= 0 for amount in amounts) and not any(amounts[::2])  # type: ignore[union-attr, operator, index]
+    return source if behind and not any(value) else node  # type: ignore[return-value]
+
+
+def _sizes(node: fx.Node) -> list[int]:
+    return [hint(size) for size in node.meta["val"].shape]
 
 
 def _transposes(node: fx.Node) -> bool:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
@@ -23,7 +22,7 @@ from slimfit_fx.analysis.conditioning import Error, error_of
 from slimfit_fx.analysis.mutated_inputs import mutated_inputs
 from slimfit_fx.codecs import Recompute
 from slimfit_fx.graph.gate_ops import ops
-from slimfit_fx.graph.nodes import VIEWS, aten, base_of, call, is_pointwise, is_tensor, keep_of
+from slimfit_fx.graph.nodes import CREATIONS, VIEWS, aten, base_of, call, is_pointwise, is_tensor, keep_of
 from slimfit_fx.graph.plan import Plan, SavedTensor
 from slimfit_fx.graph.split import SplitGraph
 from slimfit_fx.roles import EXACT, MASK
@@ -40,7 +39,6 @@ _RESHAPES = frozenset(
         aten.unsqueeze.default,
     }
 )
-_CREATIONS = frozenset({aten.full.default, aten.scalar_tensor.default, torch.ops.prims.iota.default})
 _PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
 _REDUCTIONS = frozenset({aten.amax.default, aten.sum.dim_IntList, aten.any.dim, aten.logical_not.default})
 # A rebuilt tensor should cost about one fused kernel.
@@ -71,7 +69,7 @@ def rebuild(split: SplitGraph, plan: Plan) -> None:
 
 
 def _cheap(node: fx.Node) -> bool:
-    return is_pointwise(node) or node.target in VIEWS or node.target in _CREATIONS
+    return is_pointwise(node) or node.target in VIEWS or node.target in CREATIONS
 
 
 def _recomputable(node: fx.Node) -> bool:

@@ -76,6 +76,8 @@ class Config:
             forward computes between modules, such as the loss, then runs operator by operator, and stays exact.
         mode: `"inductor"` generates code; `"eager"` runs the rewritten graphs operator by operator (compiles in
             seconds, for tests and debugging).
+        compile_options: Inductor's own, by their names in `torch._inductor.config`, such as `{"max_autotune": True}`:
+            what `torch.compile(options=...)` takes.
         disable_passes: names of passes that do not run (`slimfit_fx.compiler.pipeline.PIPELINE`), to find out what one
             does: gradients stay right, and more is saved.
         seed: of the order of the first turn and of random policies.
@@ -99,6 +101,7 @@ class Config:
     never_gate: Sequence[str] | str = ()
     regions: Regions = "model"
     mode: Mode = "inductor"
+    compile_options: Mapping[str, Any] = field(default_factory=dict)
     disable_passes: Sequence[str] | str = ()
     seed: int = 0
 
@@ -109,6 +112,7 @@ class Config:
         choose("granularity", self.granularity, GRANULARITIES)
         choose("mode", self.mode, MODES)
         choose("regions", self.regions, REGIONS)
+        object.__setattr__(self, "compile_options", _compile_options(self.compile_options, self.mode))
         choose("rate_schedule", self.rate_schedule, RATE_SCHEDULES)
         choose("closed_state", self.closed_state, CLOSED_STATES)
         _share("freeze_rate", self.freeze_rate, "the part of the layers frozen at each step")
@@ -201,6 +205,15 @@ def _codecs(overrides: Any) -> dict[str, Format | None]:
             codec.check_role(key)
     _patterns("codecs", [key for key in overrides if key not in ROLES])
     return dict(overrides)
+
+
+def _compile_options(options: Any, mode: str) -> dict[str, Any]:
+    """Options as a dict; which there are is known where they are used."""
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise ConfigError(f"compile_options is a mapping from names to values, got {options!r}")
+    if options and mode != "inductor":
+        raise ConfigError(f"compile_options are Inductor's, and mode={mode!r} does without it: leave one of them out")
+    return dict(options)
 
 
 def _names(names: Any) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 from .codecs import Format
 
@@ -38,5 +38,6 @@ class ConfigOptions(TypedDict, total=False):
     never_gate: Sequence[str] | str
     regions: Regions
     mode: Mode
+    compile_options: Mapping[str, Any]
     disable_passes: Sequence[str] | str
     seed: int

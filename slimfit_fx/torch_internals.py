@@ -31,6 +31,7 @@ try:
     import torch._guards
     import torch._inductor.codegen.cpp
     import torch._inductor.compile_fx
+    import torch._inductor.config
     import torch._inductor.custom_graph_pass
     import torch._inductor.decomposition
     import torch._inductor.memory
@@ -73,6 +74,7 @@ try:
     # Inductor, the code generator
     compile_fx = torch._inductor.compile_fx.compile_fx  # from a captured graph to code
     compile_fx_inner = torch._inductor.compile_fx.compile_fx_inner  # from one graph of the pair to code
+    inductor_config = torch._inductor.config  # the options that a user may set
     CustomPartitionerFn = torch._inductor.custom_graph_pass.CustomPartitionerFn  # where our passes run
     select_decomp_table = torch._inductor.decomposition.select_decomp_table  # codecs are traced as Inductor would
     CppScheduling = torch._inductor.codegen.cpp.CppScheduling  # its splits of loops, corrected in inductor_fixes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 from torch import fx
@@ -35,6 +35,7 @@ def compile_capture(
     rules: CodecRules,
     mode: str,
     disabled: Collection[str] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Compiles a graph from Dynamo; the result takes the graph's inputs and, behind them, its gates.
 
@@ -47,6 +48,7 @@ def compile_capture(
         rules: which codec a saved tensor gets.
         mode: `"inductor"` or `"eager"`.
         disabled: names of optional passes that do not run.
+        options: Inductor's own.
 
     Raises:
         BackendError: a pass or code generation failed, or an operator of a graph with layers depends on data.
@@ -56,7 +58,7 @@ def compile_capture(
     try:
         exposed, example_inputs = passes.on_captured(module, inputs)
         capture.retainable = mode == "eager" or not functorch_config.donated_buffer
-        compiler = _interpret if mode == "eager" else _inductor
+        compiler = _interpret if mode == "eager" else functools.partial(_inductor, options=options or {})
         # AOTAutograd's own cache would skip the passes, and with them plan and report. Inductor's cache of generated
         # code stays on: its key is the rewritten graph itself.
         with functorch_config.patch(enable_autograd_cache=False, donated_buffer=not capture.retainable):
@@ -95,12 +97,14 @@ class _Partitioner(CustomPartitionerFn):
         return self.passes.key()
 
 
-def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Partitioner) -> Callable[..., Any]:
+def _inductor(
+    module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Partitioner, options: Mapping[str, Any]
+) -> Callable[..., Any]:
     compiled = compile_fx(
         module,
         inputs,
         inner_compile=functools.partial(_compile_inner, partitioner.passes.capture),
-        config_patches={"custom_partitioner_fn": partitioner},
+        config_patches={**options, "custom_partitioner_fn": partitioner},
     )
     return cast("Callable[..., Any]", compiled)
 

@@ -24,6 +24,7 @@ from slimfit_fx.passes.make_plan import make_plan
 from slimfit_fx.passes.mark_exact import mark_exact
 from slimfit_fx.passes.partition import partition
 from slimfit_fx.passes.rebuild import rebuild
+from slimfit_fx.passes.redraw_masks import redraw_masks
 from slimfit_fx.passes.save_derivatives import save_derivatives
 from slimfit_fx.passes.save_old_values import save_old_values
 from slimfit_fx.passes.separate_seeds import separate_seeds
@@ -69,6 +70,7 @@ PIPELINE: list[Pass] = [
     Pass(choose_codecs, "split"),
     Pass(save_derivatives, "split", optional=True),
     Pass(rebuild, "split", optional=True),
+    Pass(redraw_masks, "split", optional=True),
     Pass(keep_trained, "split", optional=True),
     Pass(compress, "split"),
     Pass(separate_seeds, "split", optional=True),

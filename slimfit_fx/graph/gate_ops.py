@@ -13,7 +13,8 @@ from torch.library import Library, get_ctx, register_fake
 
 _library = Library("slimfit_fx", "DEF")
 ops = torch.ops.slimfit_fx
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+# Inductor may not put them into a CUDA graph: what they do depends on the gates, which a captured graph would freeze.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout, torch.Tag.cudagraph_unsafe)
 
 
 def _define(schema: str):

@@ -52,6 +52,9 @@ CONVERSIONS = frozenset({aten._to_copy.default, torch.ops.prims.convert_element_
 # Operators that give the same values in memory of their own.
 COPIES = CONVERSIONS | {aten.clone.default}
 
+# Operators that make tensors of numbers that are known.
+CREATIONS = frozenset({aten.full.default, aten.scalar_tensor.default, torch.ops.prims.iota.default})
+
 
 def call(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], origin: fx.Node) -> fx.Node:
     """Adds a call at the graph's insertion point; its fake value is computed, its origin is that of `origin`."""

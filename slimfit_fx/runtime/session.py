@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from slimfit_fx.compiler.backend import compile_capture
 from slimfit_fx.compiler.capture import Capture
+from slimfit_fx.compiler.compile_options import check_compile_options
 from slimfit_fx.compiler.dynamo import own_code, own_error, retry_skipped_frames
 from slimfit_fx.compiler.origin import origin_of
 from slimfit_fx.compiler.pipeline import check_disabled
@@ -52,6 +53,7 @@ class Session:
         parameters = dict(model.named_parameters())
         self.config = config
         check_disabled(config.disable_passes)
+        check_compile_options(config.compile_options)
         check_sharding(model)
         check_modules(model, config)
         self.layers: list[Layer] = find_layers(model, config)
@@ -203,7 +205,10 @@ class Session:
         )
         self._recompiles.saw(capture.origin, delimits or bool(self._finished))
         rules = CodecRules(self.config.preset, self.config.codecs, self._path)
-        compiled = compile_capture(module, inputs, capture, rules, self.config.mode, self.config.disable_passes)
+        config = self.config
+        compiled = compile_capture(
+            module, inputs, capture, rules, config.mode, config.disable_passes, config.compile_options
+        )
         self.captures.append(capture)
         return functools.partial(_weak(self._run), capture, compiled, delimits)
 

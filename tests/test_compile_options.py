@@ -1,0 +1,65 @@
+"""`compile_options`: Inductor gets them, for both graphs; what cannot work is refused before anything is compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import transformed
+from torch import nn
+from torch._inductor import config as inductor_config
+
+import slimfit_fx
+from slimfit_fx import Config, ConfigError
+from slimfit_fx.compiler import backend
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(36, 100), nn.GELU(), nn.Linear(100, 3))
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("regions", ["model", "blocks"])
+def test_both_graphs_are_compiled_with_them(regions, monkeypatch):
+    seen = []
+    inner = backend.compile_fx_inner
+
+    def look(gm, inputs, **options):
+        seen.append((inductor_config.max_autotune_gemm, inductor_config.cpp.threads))
+        return inner(gm, inputs, **options)
+
+    monkeypatch.setattr("slimfit_fx.compiler.backend.compile_fx_inner", look)
+    options = {"max_autotune_gemm": True, "cpp.threads": 1}
+    before = inductor_config.max_autotune_gemm
+    model = transformed(net(), mode="inductor", regions=regions, compile_options=options, freeze_rate=0.5)
+    model(torch.randn(7, 36)).sum().backward()
+    assert len(seen) >= 2 and set(seen) == {(True, 1)}
+    assert inductor_config.max_autotune_gemm is before
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"max_autotun": True}, "Did you mean 'max_autotune'"),
+        ({"max_autotune": "yes"}, "is of type bool, for example False; got 'yes'"),
+        ({"custom_partitioner_fn": print}, "our passes are Inductor's custom partitioner"),
+        ({"triton.cudagraphs": True}, "cannot be captured"),
+        (["max_autotune"], "is a mapping"),
+        ({3: True}, "is a mapping"),
+    ],
+)
+def test_what_is_refused(options, match):
+    model = net()
+    with pytest.raises(ConfigError, match=match):
+        slimfit_fx.transform(model, compile_options=options)
+    slimfit_fx.transform(model, mode="eager")  # nothing is left behind
+
+
+def test_the_interpreter_has_none():
+    with pytest.raises(ConfigError, match="mode='eager' does without it"):
+        Config(mode="eager", compile_options={"max_autotune": True})
+
+
+def test_json():
+    config = Config(compile_options={"max_autotune": True, "cpp.threads": 2})
+    assert Config.from_json(config.to_json()) == config
