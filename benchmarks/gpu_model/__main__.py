@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,7 +20,11 @@ def main(arguments: list[str] | None = None) -> None:
     table.add_argument("--only", default="", help="models with this in their names")
     check = commands.add_parser("check", help="what the tests want to know, one JSON object a line")
     check.add_argument("subject", choices=["bert", "vit", "llama", "padded", "stochastic"])
+    interpreter = commands.add_parser("interpret", help="generated code on the CPU beside the library, as JSON")
+    interpreter.add_argument("subject", help='"codecs", or a preset for a step of a tiny model')
     options = parser.parse_args(arguments)
+    if options.command == "interpret":
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it while it is imported
     try:
         guard.load()
     except guard.ToolError as error:
@@ -34,6 +39,12 @@ def main(arguments: list[str] | None = None) -> None:
             from .table import RESULT, measure
 
             measure(device, options.out or RESULT, options.only)
+        elif options.command == "interpret":
+            from . import interpreted
+
+            facts = interpreted.codecs() if options.subject == "codecs" else interpreted.step(options.subject)
+            for fact in facts:
+                print(json.dumps(fact), flush=True)
         else:
             from . import check
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch._inductor import config as inductor_config
 
 from slimfit_fx.codecs import Quantize
+from slimfit_fx.graph.plan import SavedTensor
 from slimfit_fx.presets import PRESETS
 from slimfit_fx.roles import EXACT
 
@@ -54,16 +56,27 @@ def _facts(made: Generated, freeze_rate: float) -> dict[str, Any]:
         trace = simulate(made.pairs[0], freeze_rate)
         figures = trace.figures(H100, "fp32")
         facts |= {name: figures[name] for name in ("saved_bytes", "gradient_bytes", "kernel_traffic", "flops")}
-        facts["peak_bytes"] = trace.peak
+        facts |= {"peak_bytes": trace.peak, "launches": figures["kernels"]}
+        facts |= {"planned_bytes": _planned(made.pairs[0]), "handed_over": len(_saved(made.pairs[0]))}
     return facts
+
+
+def _saved(pair: Pair) -> list[SavedTensor]:
+    return pair.capture.plan.saved if pair.capture else []
+
+
+def _planned(pair: Pair) -> float:
+    """Bytes that the plan says are held, a mean over the sets of open layers."""
+    closed = [0.0 if always else FREEZE_RATE for always in pair.open]
+    rows = [row for row in _saved(pair) if not row.borrowed]
+    return sum(row.stored * (1 - math.prod(closed[gate] for gate in row.gates) if row.gates else 1) for row in rows)
 
 
 def _as_it_is(pair: Pair) -> list[list[Any]]:
     """The static saved tensors that are large and were left as they are: [role, module, bytes]."""
-    rows = pair.capture.plan.saved if pair.capture else []
     return [
         [row.role, row.module, row.nbytes]
-        for row in rows
+        for row in _saved(pair)
         if row.nbytes > _LARGE and not row.form and not (row.dynamic or row.borrowed)
         if row.role not in _STORED_AS_THEY_ARE
     ]
@@ -82,10 +95,11 @@ def padded() -> dict[str, bool]:
     return dict(zip(names, (gradient.conditional for gradient in pair.capture.plan.gradients), strict=True))
 
 
-def stochastic() -> list[str]:
-    """Why kernels that encode with stochastic rounding do not compile."""
+def stochastic() -> dict[str, Any]:
+    """How many kernels encode with stochastic rounding, and why those that do not compile do not."""
     from .interpret import function_source
 
     codec = Quantize(8, stochastic=True)
     source = function_source(lambda x: list(codec.encode(x)), [torch.empty(32, 128, 768, device="meta")])
-    return [error for kernel in kernels(source) if (error := compile_kernel(kernel.source, H100.architecture).error)]
+    found = [compile_kernel(kernel.source, H100.architecture) for kernel in kernels(source)]
+    return {"kernels": len(found), "errors": [result.error for result in found if result.error]}
