@@ -10,6 +10,8 @@ from pathlib import Path
 
 from . import guard
 
+RESULT = Path(__file__).parent.parent / "results" / "gpu-simulated.json"
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model", description="see benchmarks/gpu_model")
@@ -18,11 +20,18 @@ def main(arguments: list[str] | None = None) -> None:
     table = commands.add_parser("table", help="simulates what the table lacks")
     table.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-simulated.json")
     table.add_argument("--only", default="", help="models with this in their names")
+    show = commands.add_parser("show", help="the table, as Markdown")
+    show.add_argument("--out", type=Path, help="default: as above")
     check = commands.add_parser("check", help="what the tests want to know, one JSON object a line")
     check.add_argument("subject", choices=["bert", "vit", "llama", "padded", "stochastic"])
     interpreter = commands.add_parser("interpret", help="generated code on the CPU beside the library, as JSON")
     interpreter.add_argument("subject", help='"codecs", or a preset for a step of a tiny model')
     options = parser.parse_args(arguments)
+    if options.command == "show":
+        from .show import show as lines
+
+        print("\n".join(lines(options.out or RESULT)))
+        return
     if options.command == "interpret":
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it while it is imported
     try:
@@ -36,9 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
     device = DEVICES[options.device]
     with pretend(device):
         if options.command == "table":
-            from .table import RESULT, measure
+            from .table import measure
 
-            measure(device, options.out or RESULT, options.only)
+            measure(device, out=options.out or RESULT, only=options.only)
         elif options.command == "interpret":
             from . import interpreted
 

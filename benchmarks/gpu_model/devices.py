@@ -15,9 +15,9 @@ class Device:
         capability: compute capability, `(9, 0)` for sm_90.
         memory, l2_cache: bytes.
         shared_memory: bytes that one block may have (opt-in) and that a multiprocessor has.
-        bandwidth: bytes per second that a copy kernel reaches, of the data sheet's figure.
-        flops: per second that large matrix products reach, by precision: "fp32", "tf32", "bf16".
-        launch_seconds: the least that a kernel takes.
+        bandwidth: bytes per second, of the data sheet.
+        flops: per second that large matrix products are taken to reach, by precision: "fp32", "tf32", "bf16".
+        launch_seconds: the least that a kernel is taken to need.
     """
 
     name: str
@@ -56,9 +56,9 @@ class Device:
         )
 
 
-# Data sheets: "NVIDIA H100 Tensor Core GPU" (SXM: 3.35 TB/s; dense 67 TFLOP/s fp32, 495 tf32, 989 bf16) and "NVIDIA A100
-# Tensor Core GPU" (80 GB SXM: 2.04 TB/s; 19.5, 156, 312). Products of these sizes reach about 0.9 of that without and
-# 0.4 to 0.7 with tensor cores. Limits of shared memory: CUDA C++ Programming Guide, "Technical Specifications per
+# Data sheets: "NVIDIA H100 Tensor Core GPU" (SXM: 3.35 TB/s; dense 67 TFLOP/s fp32, 495 tf32, 989 bf16) and "NVIDIA
+# A100 Tensor Core GPU" (80 GB SXM: 2.04 TB/s; 19.5, 156, 312). Assumed: products reach 0.9 of that without tensor
+# cores, 0.4 to 0.65 with them. Limits of shared memory: CUDA C++ Programming Guide, "Technical Specifications per
 # Compute Capability".
 H100 = Device(
     "NVIDIA H100 80GB HBM3",

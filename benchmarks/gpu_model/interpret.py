@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -117,7 +117,7 @@ class _Kernel:
 class _Libdevice:
     """The functions of CUDA's libdevice that generated code calls; the interpreter has none."""
 
-    _FUNCTIONS: dict[str, Callable[[Any], Any]] = {
+    _FUNCTIONS: ClassVar[dict[str, Callable[[Any], Any]]] = {
         "nearbyint": np.rint,
         "floor": np.floor,
         "ceil": np.ceil,
@@ -138,7 +138,9 @@ class _Libdevice:
         def call(x: Any) -> Any:
             data = function(np.atleast_1d(x.handle.data))
             if name.startswith("is"):
-                return tl.core.tensor(interpreter.TensorHandle(data, tl.int1), tl.core.block_type(tl.int1, list(data.shape)))
+                return tl.core.tensor(
+                    interpreter.TensorHandle(data, tl.int1), tl.core.block_type(tl.int1, list(data.shape))
+                )
             data = data.astype(x.handle.data.dtype).reshape(x.handle.data.shape)
             return tl.core.tensor(interpreter.TensorHandle(data, x.type.scalar), x.type)
 

@@ -193,7 +193,9 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[float, str]:
         backward = "backward" in name
         weight = args[2] if backward else args[1]
         out = args[0] if backward else result
-        return 2 * out.numel() * weight.numel() / weight.shape[0] * (sum(args[-1][:2]) if backward else 1), "convolution"
+        return 2 * out.numel() * weight.numel() / weight.shape[0] * (
+            sum(args[-1][:2]) if backward else 1
+        ), "convolution"
     return 0.0, "aten"
 
 

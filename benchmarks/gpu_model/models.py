@@ -45,7 +45,11 @@ class Model:
 def _bert(batch: int, length: int, layers: int, config: dict[str, Any]) -> tuple[nn.Module, Inputs]:
     from transformers import BertConfig, BertForSequenceClassification
 
-    kind: dict[str, Any] = {"num_labels": 2, "problem_type": "single_label_classification", "attn_implementation": "sdpa"}
+    kind: dict[str, Any] = {
+        "num_labels": 2,
+        "problem_type": "single_label_classification",
+        "attn_implementation": "sdpa",
+    }
     kind["use_cache"] = False  # else checkpointing logs a warning, at which Dynamo breaks the graph
     model = BertForSequenceClassification(BertConfig(num_hidden_layers=layers, **{**kind, **config}))
     return model, {"input_ids": _tokens(batch, length), "labels": torch.randint(0, 2, (batch,))}

@@ -10,19 +10,18 @@ from typing import Any
 
 import torch
 
-from .devices import H100, Device
+from .devices import Device
 from .methods import FREEZE_RATE, METHODS, Step
 from .models import REAL
 from .trace import at_depth, peak_at_depth
 
-RESULT = Path(__file__).parent.parent / "results" / "gpu-simulated.json"
 BATCHES = (32, 128, 8)
 _FIRST = ("bert-base-128", "vit-b16-224")  # what the library is judged by comes first
 DEPTHS = (2, 3)  # a model of one layer has fewer kernels in common with a deep one
 Row = dict[str, Any]
 
 
-def measure(device: Device = H100, out: Path = RESULT, only: str = "") -> None:
+def measure(device: Device, *, out: Path, only: str = "") -> None:
     """Adds to `out` what it lacks, row by row; `only`: models with this in their names."""
     result = json.loads(out.read_text()) if out.exists() else {"rows": []}
     result |= {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .devices import Device
@@ -83,13 +83,19 @@ def at_depth(shallow: float, deep: float, between: int, beyond: int) -> float:
 def peak_at_depth(shallow: Trace, deep: Trace, between: int, beyond: int) -> float:
     """The peak of a deeper model, from two traces.
 
-    What is alive at an operation is affine in the number of layers, for the operations that both traces begin with (in
-    the backward the head and the last layers) and for those that they end with. In the layers between it lies between.
+    A layer more below adds what it saves to all that is alive from the end of the forward until its own backward, and
+    behind that the gradients of its weights. So the peak lies at an end of the backward, whatever is between.
     """
-    found = []
-    for name in ("forward", "backward"):
-        less, more = getattr(shallow, name), getattr(deep, name)
-        half = len(less) // 2
-        pairs = [*zip(less[:half], more[:half], strict=True), *zip(less[half:], more[len(more) - len(less) + half :], strict=True)]
-        found += [at_depth(a.live, b.live, between, beyond) for a, b in pairs]
-    return max(found)
+    saved = (deep.saved - shallow.saved) * beyond / between
+    gradients = (deep.gradients - shallow.gradients) * beyond / between
+    fore, back = len(deep.forward) // 2, len(deep.backward) // 2
+    return max(
+        _peak(deep.forward[:fore]),
+        _peak(deep.forward[fore:]) + saved,
+        _peak(deep.backward[:back]) + saved,
+        _peak(deep.backward[back:]) + gradients,
+    )
+
+
+def _peak(ops: Sequence[Op]) -> int:
+    return max(op.live for op in ops)
