@@ -3,5 +3,9 @@
 # choose Python, torch and pins.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/environment.sh text,vision,test,dev
+extras=text,vision,test,dev
+if [ -n "${CONSTRAINTS-constraints.txt}" ]; then
+    extras+=,gpu-codegen # goes with the pinned torch alone; elsewhere its tests are skipped
+fi
+source scripts/environment.sh "$extras"
 exec .venv-test/bin/python -m pytest --numprocesses 2 "$@"

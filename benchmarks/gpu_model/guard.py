@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,8 @@ def reason_against() -> str:
             return f"{package} is not installed: pip install '.[gpu-codegen]'"
         if found != wanted:
             return f"private names of {package} {wanted} are used, found {found}: pip install {package}=={wanted}"
+    if re.search(r"^cuda.*= '", (_torch_path() / "version.py").read_text(), re.M):
+        return "a CPU build of torch is needed: that for CUDA brings its own guard"
     return "" if shutil.which("g++") else "g++ is not on the path"
 
 
@@ -45,12 +48,16 @@ def load() -> None:
         raise ToolError(reason)
     if "torch" in sys.modules:
         raise ToolError("torch is imported already: load the guard at the start of a process")
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.submodule_search_locations
-    torch_path = Path(spec.submodule_search_locations[0])
+    torch_path = _torch_path()
     library = _built(torch_path)
     ctypes.CDLL(str(torch_path / "lib" / "libtorch_cpu.so"), os.RTLD_GLOBAL | os.RTLD_NOW)
     ctypes.CDLL(str(library))
+
+
+def _torch_path() -> Path:
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
 
 
 def _built(torch_path: Path) -> Path:

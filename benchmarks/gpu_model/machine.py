@@ -193,9 +193,8 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[float, str]:
         backward = "backward" in name
         weight = args[2] if backward else args[1]
         out = args[0] if backward else result
-        return 2 * out.numel() * weight.numel() / weight.shape[0] * (
-            sum(args[-1][:2]) if backward else 1
-        ), "convolution"
+        products = sum(args[-1][:2]) if backward else 1  # those of the input and of the weight
+        return 2 * products * out.numel() * weight.numel() / weight.shape[0], "convolution"
     return 0.0, "aten"
 
 

@@ -80,7 +80,7 @@ def _tokens(batch: int, length: int) -> torch.Tensor:
 
 @functools.cache
 def _import_torchvision() -> None:
-    """timm and transformers import it, and its CUDA build does not load next to a CPU torch: its operators' names do."""
+    """timm and transformers import it. Its CUDA build does not load next to a CPU torch: its operators' names do."""
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):

@@ -1,9 +1,9 @@
 """Runs generated modules on fake tensors: what a step reads, writes, computes and holds, without a device.
 
-Every buffer of the generated code is a fake CUDA tensor, freed where the code frees it: the peak is that of an allocator
-without fragmentation, in blocks of 512 bytes. Kernels do not run. They are taken to read and write each tensor that
-they are given once, in-place arguments twice, lookup tables no more often than there are results. A gate that is open in
-a tenth of the steps counts as a tenth of its rows, bytes and FLOPs: the figures are means over the sets of open layers.
+Every buffer of the generated code is a fake CUDA tensor, freed where the code frees it: the peak is that of an
+allocator without fragmentation, in blocks of 512 bytes. Kernels do not run. They are taken to read and write each
+tensor that they are given once, in-place arguments twice, lookup tables no more than there are results. A gate that is
+open in a tenth of the steps counts as a tenth of its rows, bytes and FLOPs: figures are means over the open sets.
 """
 
 from __future__ import annotations
