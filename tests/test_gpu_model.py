@@ -80,6 +80,9 @@ def test_the_claim_is_met_or_not(tmp_path):
     head = {"what": "simulated", "device": "H100", "torch": "2.13.0", "freeze_rate": 0.9}
     path.write_text(json.dumps({**head, "rows": rows}))
     lines = list(show.show(path))
+    brief = list(show.overview(path))
+    assert brief[2] == "| bert, fp32, batch 32 | 0.00 (1.00) | 0.00 | 0.00 (1.00) | 0.00 (1.00) |"
+    assert brief[-1] == found[-1]
     assert "| `balanced` | 0 MiB (0.33x) | 0 MiB (1.00x) | 0.0 GiB | 100.0 ms (1.00x) | 7 |" in lines
 
 

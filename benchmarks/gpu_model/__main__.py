@@ -20,17 +20,18 @@ def main(arguments: list[str] | None = None) -> None:
     table = commands.add_parser("table", help="simulates what the table lacks")
     table.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-simulated.json")
     table.add_argument("--only", default="", help="models with this in their names")
-    show = commands.add_parser("show", help="the table, as Markdown")
-    show.add_argument("--out", type=Path, help="default: as above")
+    shown = commands.add_parser("show", help="the table, as Markdown")
+    shown.add_argument("--out", type=Path, help="default: as above")
+    shown.add_argument("--brief", action="store_true", help="one line for each model, precision and batch")
     check = commands.add_parser("check", help="what the tests want to know, one JSON object a line")
     check.add_argument("subject", choices=["bert", "vit", "llama", "padded", "stochastic"])
     interpreter = commands.add_parser("interpret", help="generated code on the CPU beside the library, as JSON")
     interpreter.add_argument("subject", help='"codecs", or a preset for a step of a tiny model')
     options = parser.parse_args(arguments)
     if options.command == "show":
-        from .show import show as lines
+        from .show import overview, show
 
-        print("\n".join(lines(options.out or RESULT)))
+        print("\n".join((overview if options.brief else show)(options.out or RESULT)))
         return
     if options.command == "interpret":
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it while it is imported

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import TracingContext
 from torch._subclasses import FakeTensorMode
 
 aten = torch.ops.aten
-_ATTENTION = (torch._C._nn.scaled_dot_product_attention, nn.functional.scaled_dot_product_attention)
 
 
 def to_cuda(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Any]]:
@@ -24,8 +24,7 @@ def to_cuda(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModu
     Attention gets the kernel that a GPU would choose: flash attention for half precision without a mask, else the
     memory-efficient one.
     """
-    context = torch._guards.TracingContext.get()
-    mode = context.fake_mode
+    mode = TracingContext.get().fake_mode
     assert mode is not None
     moved = _moved(module, mode)
     placeholders = moved.graph.find_nodes(op="placeholder")
@@ -71,7 +70,7 @@ def _moved(module: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModule:
             node.meta["example_value"] = _fake(mode, example)
         node.args = tuple(map(_device, node.args))
         node.kwargs = {name: _device(value) for name, value in node.kwargs.items()}
-        if node.op == "call_function" and node.target in _ATTENTION:
+        if node.op == "call_function" and node.target is nn.functional.scaled_dot_product_attention:
             node.target = attention
     moved.recompile()
     return moved

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch._C._dynamo import guards
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
@@ -26,7 +27,6 @@ from triton.runtime import interpreter
 
 from .pretend import generated
 
-guards = torch._C._dynamo.guards
 _BLOCK, _ROWS = 64, 8  # elements of a program, in each direction; rows of a reduction, which is slow
 
 

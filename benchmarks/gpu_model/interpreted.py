@@ -133,7 +133,8 @@ def _on_cpu(module: fx.GraphModule) -> Run:
 
 
 def _library(model: nn.Module, inputs: Inputs, preset: str, closed: Collection[str]) -> Gradients:
-    slimfit_fx.transform(model, preset=preset, mode="eager", always_open=())
+    config = slimfit_fx.Config(mode="eager", always_open=()).replace(preset=preset)
+    slimfit_fx.transform(model, config)
     gates = slimfit_fx.gates(model)
     gates.set([name for name in gates if name not in closed])
     torch._dynamo.reset()

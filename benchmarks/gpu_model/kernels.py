@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
 
@@ -88,7 +89,7 @@ def _resources(cubin: bytes, ptx: str) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        text = _run(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
     # the stack also holds tables of libdevice's sine and cosine, so ptxas is asked only then
     spilled = _spilled(ptx) if used["STACK"] + used["LOCAL"] else 0
@@ -100,7 +101,7 @@ def _spilled(ptx: str) -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = (triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", "-o", os.devnull, file.name)
+        command = (knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", "-o", os.devnull, file.name)
         text = _run(*command)
     return sum(map(int, re.findall(r"(\d+) bytes spill stores", text)))
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import guards
 from torch._inductor.async_compile import AsyncCompile
 from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -20,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from .trace import Op
 
 aten = torch.ops.aten
-guards = torch._C._dynamo.guards
 _BLOCK = 512  # bytes: CUDACachingAllocator's kMinBlockSize
 
 

@@ -68,7 +68,7 @@ def _llama(batch: int, length: int, layers: int, config: dict[str, Any]) -> tupl
 
     # None: causal attention without a mask, as an eager run finds out by reading the positions. What is traced, or
     # stands on the meta device, cannot be read, and would have a mask, and so another kernel.
-    modeling_llama.create_causal_mask = lambda *_, **__: None
+    setattr(modeling_llama, "create_causal_mask", lambda *_, **__: None)  # noqa: B010
     kind: dict[str, Any] = {"use_cache": False, "attn_implementation": "sdpa", "max_position_embeddings": length}
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **kind, **config))
     return model, {"input_ids": _tokens(batch, length), "labels": _tokens(batch, length)}

@@ -20,14 +20,30 @@ _COLUMNS = (
 )
 
 
+def overview(path: Path) -> Iterator[str]:
+    """Lines of Markdown: one for each model, precision and batch, with the total peak of each method in GiB and, in
+    parentheses, its roofline over torch.compile's; then the paper's claim."""
+    rows: list[Row] = json.loads(path.read_text())["rows"]
+    methods = _unique(row["method"] for row in rows)
+    yield f"| total peak in GiB (roofline, times torch.compile's) | {' | '.join(map(_name, methods))} |"
+    yield f"| --- |{' --- |' * len(methods)}"
+    for setting in _unique(map(_setting, rows)):
+        here = {row["method"]: row for row in rows if _setting(row) == setting}
+        base = here.get("torch.compile")
+        model, precision, batch = setting
+        cells = [_total(here[method], base) if method in here else "" for method in methods]
+        yield f"| {model}, {precision}, batch {batch} | {' | '.join(cells)} |"
+    yield from claim(rows)
+
+
 def show(path: Path) -> Iterator[str]:
     """Lines of Markdown: a table for each model, precision and batch, then the paper's claim."""
     result = json.loads(path.read_text())
     rows: list[Row] = result["rows"]
     yield f"{result['what']}. {result['device']}, torch {result['torch']}, freeze rate {result['freeze_rate']}."
-    for setting in _unique((row["model"], row["precision"], row["batch"]) for row in rows):
+    for setting in _unique(map(_setting, rows)):
         model, precision, batch = setting
-        here = [row for row in rows if (row["model"], row["precision"], row["batch"]) == setting]
+        here = [row for row in rows if _setting(row) == setting]
         base = next((row for row in here if row["method"] == "torch.compile"), None)
         yield ""
         yield f"| {model}, {precision}, batch {batch} | {' | '.join(_COLUMNS)} |"
@@ -75,8 +91,16 @@ def _line(row: Row, base: Row | None) -> str:
         f"{row['seconds'] * 1e3:.1f} ms" + _ratio(row, base, "seconds"),
         f"{row['host_calls']:,}",
     ]
-    name = f"`{row['method']}`" if row["method"] in OURS else row["method"]
-    return f"| {name} | {' | '.join(cells)} |"
+    return f"| {_name(row['method'])} | {' | '.join(cells)} |"
+
+
+def _name(method: str) -> str:
+    return f"`{method}`" if method in OURS else method
+
+
+def _total(row: Row, base: Row | None) -> str:
+    times = f" ({row['seconds'] / base['seconds']:.2f})" if base is not None and row is not base else ""
+    return f"{row['total_bytes'] / 2**30:.2f}{times}"
 
 
 def _ratio(row: Row, base: Row | None, name: str) -> str:

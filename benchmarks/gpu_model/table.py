@@ -23,8 +23,8 @@ Row = dict[str, Any]
 
 def measure(device: Device, *, out: Path, only: str = "") -> None:
     """Adds to `out` what it lacks, row by row; `only`: models with this in their names."""
-    result = json.loads(out.read_text()) if out.exists() else {"rows": []}
-    result |= {
+    found: list[Row] = json.loads(out.read_text())["rows"] if out.exists() else []
+    head = {
         "what": "simulated from generated code, no kernel ran; seconds are a roofline",
         "device": device.name,
         "torch": torch.__version__,
@@ -32,13 +32,12 @@ def measure(device: Device, *, out: Path, only: str = "") -> None:
         "optimizer": "AdamW, fused: both moments of every parameter that trains, no temporaries",
         "depths": DEPTHS,
     }
-    done = {key(row) for row in result["rows"]}
+    done = {key(row) for row in found}
     for name, bf16, batch, method in cells(only):
         if (name, "bf16" if bf16 else "fp32", batch, method) in done:
             continue
-        for row in rows(name, bf16, batch, method, device):
-            result["rows"].append(row)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        found += rows(name, bf16, batch, method, device)
+        out.write_text(json.dumps({**head, "rows": found}, indent=1) + "\n")
         print(name, "bf16" if bf16 else "fp32", batch, method, flush=True)
 
 
