@@ -108,7 +108,7 @@ def both(preset: str, closed: Collection[str] = (), batch: int = 2) -> tuple[Gra
     arguments = [*(tensors[name].detach() for name in pair.names), gates]
     found = _step(pair, arguments, partial(execute, pair.forward.source), partial(execute, pair.backward.source))
     if preset == "exact":
-        return found, _library(model, inputs, preset, closed)
+        return found, _library(model, inputs, closed)
     return found, _step(pair, arguments, _on_cpu(split.forward), _on_cpu(split.backward))
 
 
@@ -132,9 +132,8 @@ def _on_cpu(module: fx.GraphModule) -> Run:
     return lambda inputs: list(module(*inputs))
 
 
-def _library(model: nn.Module, inputs: Inputs, preset: str, closed: Collection[str]) -> Gradients:
-    config = slimfit_fx.Config(mode="eager", always_open=()).replace(preset=preset)
-    slimfit_fx.transform(model, config)
+def _library(model: nn.Module, inputs: Inputs, closed: Collection[str]) -> Gradients:
+    slimfit_fx.transform(model, preset="exact", mode="eager", always_open=())
     gates = slimfit_fx.gates(model)
     gates.set([name for name in gates if name not in closed])
     torch._dynamo.reset()
