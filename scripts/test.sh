@@ -1,11 +1,8 @@
 #!/usr/bin/env bash
 # Creates .venv-test and runs the tests in two processes; arguments go to pytest. environment.sh names the variables that
-# choose Python, torch and pins.
+# choose Python, torch and pins. EXTRAS=gpu-codegen installs Triton too (200 MB), without which the tests of the GPU's code are
+# skipped; it goes with the pinned torch alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extras=text,vision,test,dev
-if [ -n "${CONSTRAINTS-constraints.txt}" ]; then
-    extras+=,gpu-codegen # goes with the pinned torch alone; elsewhere its tests are skipped
-fi
-source scripts/environment.sh "$extras"
+source scripts/environment.sh "text,vision,test,dev${EXTRAS:+,$EXTRAS}"
 exec .venv-test/bin/python -m pytest --numprocesses 2 "$@"

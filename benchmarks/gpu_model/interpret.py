@@ -3,6 +3,8 @@
 The process needs the environment variable TRITON_INTERPRET=1 before Triton is imported.
 """
 
+# Triton is an extra
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import contextlib

@@ -1,5 +1,7 @@
 """Compiles the Triton kernels of a generated module to machine code and reads off what they take."""
 
+# Triton is an extra
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import functools

@@ -1,5 +1,7 @@
 """Answers what torch, Inductor and Triton ask the driver with the figures of a device that is not there."""
 
+# Triton is an extra
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import contextlib
