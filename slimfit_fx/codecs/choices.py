@@ -116,7 +116,9 @@ class WhenFrozen(Choice):
 
     codec: Codec | None = TopK(0.1)  # noqa: RUF009  (frozen)
 
-    roles = tuple(role for role in ROLES if role not in {*_OPERANDS, "softmax output", "logits"})
+    roles: ClassVar[Collection[str]] = tuple(
+        role for role in ROLES if role not in {*_OPERANDS, "softmax output", "logits"}
+    )
 
     @property
     def default(self) -> None:
@@ -168,7 +170,7 @@ class Derivative(Choice):
     codec: Codec | None = Quantize(4)  # noqa: RUF009  (frozen)
     otherwise: Codec | Recompute | WhenFrozen | None = Quantize(8)  # noqa: RUF009  (frozen)
 
-    roles = tuple(role for role in ROLES if role not in _OPERANDS)
+    roles: ClassVar[Collection[str]] = tuple(role for role in ROLES if role not in _OPERANDS)
 
     @property
     def default(self) -> Codec | Recompute | WhenFrozen | None:
