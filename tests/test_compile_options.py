@@ -37,6 +37,26 @@ def test_both_graphs_are_compiled_with_them(regions, monkeypatch):
     assert inductor_config.max_autotune_gemm is before
 
 
+@pytest.mark.inductor
+def test_a_model_with_options_can_be_asked(monkeypatch):
+    """The probe runs the interpreter, which has none; `verify` compares with torch.compile under the same options."""
+    plain, compile_with = [], torch.compile
+
+    def compiled(*arguments, **named):
+        plain.append(named.get("options"))
+        return compile_with(*arguments, **named)
+
+    model = slimfit_fx.transform(net(), compile_options={"cpp.threads": 1}, freeze_rate=0.5)
+    x = torch.randn(7, 36)
+    model(x).sum().backward()
+    errors = slimfit_fx.report(model, sample=x, loss=lambda y: y.square().sum()).gradient_errors
+    assert 0 < errors["all"].relative < 0.05
+    monkeypatch.setattr(torch, "compile", compiled)
+    found = slimfit_fx.verify(model, x, loss=lambda y: y.square().sum())
+    assert found.ok, str(found)
+    assert {"cpp.threads": 1} in plain
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -124,20 +124,22 @@ def _compile_inner(capture: Capture, gm: fx.GraphModule, inputs: Sequence[Any], 
 
 
 def _interpret(module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Partitioner) -> Callable[..., Any]:
-    def run(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        return _boxed(lambda arguments: gm(*arguments))
-
     def run_backward(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return _drop_closed(run(gm, example_inputs), partitioner.passes.capture)
+        return _drop_closed(interpreted(gm, example_inputs), partitioner.passes.capture)
 
     compiler = aot_autograd(
-        fw_compiler=run,
+        fw_compiler=interpreted,
         bw_compiler=run_backward,
-        inference_compiler=run,
+        inference_compiler=interpreted,
         partition_fn=partitioner,
         decompositions=select_decomp_table(),
     )
     return compiler(module, inputs)
+
+
+def interpreted(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+    """The compiler of one graph that runs it operator by operator."""
+    return _boxed(lambda arguments: gm(*arguments))
 
 
 def _drop_closed(backward: Callable[..., Any], capture: Capture) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ def compare(model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None, 
         with plain_calls(model):
             eager = run(model, batch, loss)
         with plain_calls(model):
-            compile_plain(regions, options.mode)
+            compile_plain(regions, options.mode, options.compile_options)
             plain = run(model, batch, loss)
         with plain_calls(model):
             compile_calls(model, regions, session)

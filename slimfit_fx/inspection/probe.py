@@ -36,7 +36,7 @@ def sample_gradients(
 
     The interpreter runs the graphs. The model, its gradients and torch's random state stay as they are.
     """
-    session = Session(model, config.replace(mode="eager", freeze_rate=0.0, regions="model"))
+    session = Session(model, config.replace(mode="eager", compile_options={}, freeze_rate=0.0, regions="model"))
     with untouched(model, sample), torch.enable_grad():
         try:
             (run,) = session.compiled(find_regions(model, session.config))
