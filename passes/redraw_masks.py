@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from slimfit_fx.graph.move_to_forward import between
-from slimfit_fx.graph.nodes import CREATIONS, VIEWS, is_pointwise
+from slimfit_fx.graph.nodes import CREATIONS, VIEWS, bytes_of, is_pointwise
 from slimfit_fx.graph.plan import Plan, SavedTensor
 from slimfit_fx.graph.split import SplitGraph
 
@@ -65,7 +65,7 @@ def _save(split: SplitGraph, plan: Plan, seeds: fx.Node, first: SavedTensor) -> 
     placeholder = split.save(seeds)
     shape = tuple(int(size) for size in seeds.meta["val"].shape)
     row = SavedTensor(placeholder.name, first.module, "indices", shape, "int64", (), nbytes=0, rebuildable=False)
-    row.store(8 * shape[0])
+    row.store(bytes_of(seeds))
     plan.saved.insert(0, row)
     return placeholder
 

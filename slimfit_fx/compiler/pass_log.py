@@ -80,9 +80,9 @@ class PassLog:
             return
         if self._number < 0:
             self._number = next(_numbers)
-        before, label = look(), f"{place:02}_{name}"
-        names, saved = before.names(), before.saved()
-        self._keep(before, label, "before", traced, folder)
+        label = f"{place:02}_{name}"
+        self._keep(look(), label, "before", traced, folder)
+        names, saved = (look().names(), look().saved()) if logged else (Counter(), None)
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
@@ -97,6 +97,8 @@ class PassLog:
         self._keep(after, label, "after", traced, folder)
 
     def _keep(self, moment: Moment, label: str, when: str, traced: bool, folder: str | None) -> None:
+        if not (traced or folder):
+            return
         texts = {graph: module.print_readable(print_output=False) for graph, module in moment.graphs.items()}
         if traced:
             for graph, text in texts.items():
