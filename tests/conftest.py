@@ -62,3 +62,19 @@ def tiny_bert(tmp_path):
     transformers.BertModel(config).save_pretrained(tmp_path)
     transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory) -> str:
+    """A folder with a BERT for the recipes, and its tokenizer."""
+    from recipe_runs import make_bert
+
+    return make_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    """Makes `datasets` keep what it prepares in a folder of the test's own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

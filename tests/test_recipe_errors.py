@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recipe_runs import datasets, make_bert, questions, run, saved, texts, variant
+from recipe_runs import questions, run, saved, texts, variant
 
 from examples.recipes import config as recipe_config
 from examples.recipes import data as recipe_data
 from examples.recipes import run as recipe
 
-
-@pytest.fixture(scope="module")
-def bert_folder(tmp_path_factory) -> str:
-    return make_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(autouse=True)
-def _caches_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def test_an_unknown_recipe_lists_the_recipes():

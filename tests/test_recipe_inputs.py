@@ -6,21 +6,13 @@ import random
 
 import pytest
 import torch
-from recipe_runs import datasets, make_bert, questions, variant
+from recipe_runs import datasets, questions, variant
 
 from examples.recipes import config as recipe_config
 from examples.recipes import images as recipe_images
 from examples.recipes import questions as recipe_questions
 
-
-@pytest.fixture(scope="module")
-def bert_folder(tmp_path_factory) -> str:
-    return make_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(autouse=True)
-def _caches_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def test_a_random_box_is_a_part_of_the_image():

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from recipe_runs import datasets, images, make_bert, make_vit, questions, run, saved, texts
+from recipe_runs import datasets, images, make_vit, questions, run, saved, texts
 
 import slimfit_fx
 from examples.recipes import config as recipe_config
@@ -53,18 +53,11 @@ def test_the_hyperparameters_are_the_papers(name):
 
 
 @pytest.fixture(scope="module")
-def bert_folder(tmp_path_factory) -> str:
-    return make_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(scope="module")
 def vit_folder(tmp_path_factory) -> str:
     return make_vit(tmp_path_factory.mktemp("vit"))
 
 
-@pytest.fixture(autouse=True)
-def _caches_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def test_a_sentence(bert_folder, tmp_path):
