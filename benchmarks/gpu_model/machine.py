@@ -220,7 +220,9 @@ class _Kernel:
 
     def run(self, *args: Any, **_: Any) -> None:
         pairs = [(p, a) for p, a in zip(self._parameters, args, strict=False) if isinstance(a, Tensor)]
-        elements = math.prod(a for a in args if isinstance(a, int))
+        # several kernels joined in one have their sizes in the code, and read whole tensors
+        sizes = [a for a in args if isinstance(a, int)]
+        elements = math.prod(sizes) if sizes else math.inf
         written = max((nbytes(a) for p, a in pairs if "out" in p and p not in self._scattered), default=0)
         read = max((nbytes(a) for p, a in pairs if p.startswith("in_ptr")), default=0)
         size = 0
