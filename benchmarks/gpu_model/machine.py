@@ -72,14 +72,27 @@ class Machine(TorchDispatchMode):
         self.memory = Memory(held)
         self._fractions = fractions
         self._ops: list[Op] = []
+        self._parts: dict[StorageWeakRef, float] = {}  # tensors that have rows in a part of the steps only
 
     def take(self) -> list[Op]:
         """What was written down since it was last asked."""
         ops, self._ops = self._ops, []
         return ops
 
-    def note(self, kind: str, name: str, size: float = 0.0, flops: float = 0.0, half: bool = False) -> None:
-        self._ops.append(Op(kind, name, size, flops, half, self.memory.take_peak()))
+    def note(
+        self, kind: str, name: str, size: float = 0.0, flops: float = 0.0, half: bool = False, part: float = 1.0
+    ) -> None:
+        self._ops.append(Op(kind, name, size, flops, half, self.memory.take_peak(), part))
+
+    def part_of(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> float:
+        """In which part of the steps a kernel has anything to do; that goes for its results as well."""
+        parts = [part for x in inputs if (part := self._parts.get(StorageWeakRef(x.untyped_storage()))) is not None]
+        if parts:
+            self._give_part(results, min(parts))
+        return min(parts, default=1.0)
+
+    def _give_part(self, results: Sequence[Tensor], part: float) -> None:
+        self._parts |= {StorageWeakRef(x.untyped_storage()): part for x in results}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if isinstance(func, torch._ops.HigherOrderOperator):
@@ -119,7 +132,7 @@ class Machine(TorchDispatchMode):
         if name == "kept_or":
             _, otherwise = args
             result = torch.empty_like(otherwise, memory_format=torch.contiguous_format)
-            self._step(name, "copy", 1.0, result, 2 * nbytes(result))
+            self.note("copy", name, 2 * nbytes(result))
             return result
         if name == "weight_gradient":
             a, b, _, gate, dtype = args
@@ -136,6 +149,18 @@ class Machine(TorchDispatchMode):
             result = rows.new_empty((_rows(count, part), rows.shape[-1]), dtype=dtype)
             self._step(name, "scatter", part, result, 4 * part * nbytes(rows) + 2 * nbytes(result))
             return result
+        if name == "rows_if_open":
+            tensors, times, _, gates = args
+            part = self._open(gates)
+            units = _rows(tensors[0].shape[0] // times[0], part)
+            results = [x.new_empty((units * count, *x.shape[1:])) for x, count in zip(tensors, times, strict=True)]
+            self.note("gate", name)
+            self._give_part(results, part)
+            for result in results:
+                self.memory.add(result)
+                if part:
+                    self.note("copy", name, 2 * nbytes(result), part=part)
+            return results
         if name in ("save_if_open", "pass_gradient"):
             x, _, gates = args
             part = self._open(gates)
@@ -148,9 +173,10 @@ class Machine(TorchDispatchMode):
         self, name: str, kind: str, part: float, result: Tensor, size: float, flops: float = 0.0, dtype: Any = None
     ) -> None:
         self.memory.add(result)
+        self._give_part([result], part)
         self.note("gate", name)
         if part:
-            self.note(kind, name, size, flops, dtype in (torch.bfloat16, torch.float16))
+            self.note(kind, name, size, flops, dtype in (torch.bfloat16, torch.float16), part)
 
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         name = str(func)
@@ -235,8 +261,11 @@ class _Kernel:
                 once = min(once, elements * max(self._loads.get(pointer, 1), 1) * argument.element_size())
                 if pointer in self._tables:
                     once = min(once, written or once)
-            size += once * (2 if pointer.startswith("in_out") else 1)
-        self._machine.note("triton", self._name, size)
+            # in place, but what stood there may have been read by an earlier part of the kernel, in registers
+            size += once * (2 if pointer.startswith("in_out") and pointer in self._loads else 1)
+        results = [a for p, a in pairs if not p.startswith("in_ptr")]
+        part = self._machine.part_of([a for p, a in pairs if p.startswith("in_ptr")], results)
+        self._machine.note("triton", self._name, size, part=part)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ class Op:
         nbytes: read and written in the device's memory.
         flops: of matrix products, two for each multiplication with its addition.
         half: whether the product's operands are bf16 or fp16.
+        part: of the steps in which it runs; the other figures are means over all steps.
         live: bytes of activations, gradients and temporaries while it runs; weights and inputs are not among them.
     """
 
@@ -30,13 +31,14 @@ class Op:
     flops: float
     half: bool
     live: int
+    part: float = 1.0
 
     def seconds(self, device: Device, precision: str) -> float:
         """The roofline: the longest of moving the bytes, computing the product and starting the kernel."""
         if self.kind == "gate":
             return 0.0
         product = self.flops / device.flops["bf16" if self.half else precision]
-        return max(self.nbytes / device.bandwidth, product, device.launch_seconds)
+        return max(self.nbytes / device.bandwidth, product, self.part * device.launch_seconds)
 
 
 @dataclass
@@ -69,8 +71,8 @@ class Trace:
             "flops": sum(op.flops for op in ops),
             "forward_seconds": sum(op.seconds(device, precision) for op in self.forward),
             "backward_seconds": sum(op.seconds(device, precision) for op in self.backward),
-            "kernels": sum(op.kind not in ("gate", "mm", "attention", "convolution") for op in ops),
-            "host_calls": len(ops),
+            "kernels": sum(op.part for op in ops if op.kind != "gate" and op.kind not in PRODUCTS),
+            "host_calls": sum(op.part for op in ops),
         }
 
 

@@ -24,6 +24,7 @@ from slimfit_fx.passes.make_plan import make_plan
 from slimfit_fx.passes.mark_exact import mark_exact
 from slimfit_fx.passes.partition import partition
 from slimfit_fx.passes.rebuild import rebuild
+from slimfit_fx.passes.rebuild_if_open import rebuild_if_open
 from slimfit_fx.passes.redraw_masks import redraw_masks
 from slimfit_fx.passes.save_derivatives import save_derivatives
 from slimfit_fx.passes.save_old_values import save_old_values
@@ -73,6 +74,7 @@ PIPELINE: list[Pass] = [
     Pass(redraw_masks, "split", optional=True),
     Pass(keep_trained, "split", optional=True),
     Pass(compress, "split"),
+    Pass(rebuild_if_open, "split", optional=True),
     Pass(separate_seeds, "split", optional=True),
     # Inductor, or the FX interpreter, compiles the pair here
 ]

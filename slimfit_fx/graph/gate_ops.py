@@ -54,6 +54,18 @@ def _(x: Tensor, gates: Tensor, needed_by: list[int]) -> Tensor:
     return x.new_empty((_unknown_size(), *x.shape[1:]))
 
 
+@_define("rows_if_open(Tensor[] xs, SymInt[] times, Tensor gates, int[] needed_by) -> Tensor[]")
+def rows_if_open(xs: list[Tensor], times: list[int], gates: Tensor, needed_by: list[int]) -> list[Tensor]:
+    """Copies of xs, [times[i] n, ...] with one n for all, if a gate of `needed_by` is open, else [0, ...] each."""
+    return [save_if_open(x, gates, needed_by) for x in xs]
+
+
+@_fake("rows_if_open")
+def _(xs: list[Tensor], times: list[int], gates: Tensor, needed_by: list[int]) -> list[Tensor]:
+    rows = _unknown_size()
+    return [x.new_empty((rows * count, *x.shape[1:])) for x, count in zip(xs, times, strict=True)]
+
+
 @_define("kept_or(Tensor kept, Tensor otherwise) -> Tensor")
 def kept_or(kept: Tensor, otherwise: Tensor) -> Tensor:
     """A copy of kept [n, ...] if a gate was open and it has rows, else of otherwise [n, ...], contiguous."""

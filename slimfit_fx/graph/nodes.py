@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,9 +56,15 @@ COPIES = CONVERSIONS | {aten.clone.default}
 CREATIONS = frozenset({aten.full.default, aten.scalar_tensor.default, torch.ops.prims.iota.default})
 
 
-def call(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], origin: fx.Node) -> fx.Node:
+def call(
+    graph: fx.Graph,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    origin: fx.Node,
+    kwargs: Mapping[str, Any] | None = None,
+) -> fx.Node:
     """Adds a call at the graph's insertion point; its fake value is computed, its origin is that of `origin`."""
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, dict(kwargs or {}))
     node.meta = origin_of(origin)
     node.meta["val"] = fake_result(node)
     bindings = compute_unbacked_bindings(_fake_mode(node).shape_env, node.meta["val"])
