@@ -18,17 +18,15 @@ It runs behind `compress`: codes take less to copy than what is made of them tak
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import SymInt
-from torch import fx
+from torch import SymInt, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from slimfit_fx.graph.gate_ops import ops
 from slimfit_fx.graph.move_to_forward import erase_unread
 from slimfit_fx.graph.nodes import (
-    VIEWS,
     aten,
     base_of,
     bytes_of,

@@ -36,6 +36,7 @@ OPEN, CLOSED = torch.tensor([True]), torch.tensor([False])
 def test_every_pass_has_a_test_here_or_a_file():
     here = {name.removeprefix("test_").partition("__")[0] for name in globals() if name.startswith("test_")}
     assert {entry.name for entry in pipeline.PIPELINE} - here == {
+        "rebuild_if_open",
         "redraw_masks",
         "separate_seeds",
     }  # files of their own

@@ -20,6 +20,7 @@ from slimfit_fx.torch_internals import (
 )
 
 from .capture import Capture
+from .compile_options import compile_options_for
 from .dynamo import may_run_eagerly, steers_dynamo
 from .failures import explained
 from .inductor_fixes.loop_split import exact_loop_splits
@@ -104,7 +105,7 @@ def _inductor(
         module,
         inputs,
         inner_compile=functools.partial(_compile_inner, partitioner.passes.capture),
-        config_patches={**options, "custom_partitioner_fn": partitioner},
+        config_patches={**compile_options_for(inputs, options), "custom_partitioner_fn": partitioner},
     )
     return cast("Callable[..., Any]", compiled)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from slimfit_fx.errors import ConfigError, choose
 from slimfit_fx.torch_internals import inductor_config
@@ -13,6 +15,16 @@ _REFUSED = {
     "custom_partitioner_fn": "our passes are Inductor's custom partitioner",
     "triton.cudagraphs": "operators that read gates cannot be captured, and what is around them was not tried on a GPU",
 }
+
+# What a GPU gets if the user says nothing else. Codecs come in threes and fours (query, key, value), and the gradients
+# of biases and norms end in kernels of 2 microseconds: Inductor can join kernels that do not depend on each other.
+_ON_GPU = {"combo_kernels": True}
+
+
+def compile_options_for(inputs: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a graph with these example inputs is compiled with; `options` are the user's."""
+    on_gpu = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in inputs)
+    return {**(_ON_GPU if on_gpu else {}), **options}
 
 
 def check_compile_options(options: Mapping[str, Any]) -> None:
