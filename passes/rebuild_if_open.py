@@ -65,6 +65,11 @@ def _products_by_input(backward: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
+def _operands(product: fx.Node, rows: fx.Node) -> list[fx.Node]:
+    """The factors of a weight gradient that are `rows`, or `rows` transposed."""
+    return [x for x in product.all_input_nodes[:2] if x is rows or x.all_input_nodes[:1] == [rows]]
+
+
 def _is_computed(rows: fx.Node) -> bool:
     """Whether the backward computes `rows` whatever the gates say."""
     base = base_of(rows)
@@ -106,9 +111,9 @@ class _Narrowing:
             self._made[source] = self._call(operator.getitem, (parts, place), source)
         narrowed = self._make(rows)
         for product in self._products:
-            for operand in [x for x in product.args[:2] if x is rows or x.all_input_nodes[:1] == [rows]]:  # type: ignore[union-attr]
-                again = operand is rows  # else it is the transposed matrix
-                new = narrowed if again else self._call(operand.target, (narrowed, *operand.args[1:]), operand)
+            for operand in _operands(product, rows):
+                transposed = operand is not rows
+                new = self._call(operand.target, (narrowed, *operand.args[1:]), operand) if transposed else narrowed
                 product.replace_input_with(operand, new)
                 erase_unread(operand)
 
@@ -141,17 +146,19 @@ class _Narrowing:
         if node not in self._made:
             arguments = {x: self._make(x) for x in _with_rows(node)}
             arguments |= {x: self._constant(x) for x in node.all_input_nodes if x.target is aten.full.default}
+            args: Any
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda x: arguments.get(x, x))
             if node.target in _RESHAPES or node.target is aten.expand.default:
-                args = (args[0], [-1, *args[1][1:]])
+                source, (_, *sizes) = args
+                args = (source, [-1, *sizes])
             self._made[node] = self._call(node.target, args, node, kwargs)
         return self._made[node]
 
     def _constant(self, full: fx.Node) -> fx.Node:
         """A constant that fits any number of rows."""
         if full not in self._made:
-            sizes, *rest = full.args
-            self._made[full] = self._call(full.target, ([1] * len(sizes), *rest), full, full.kwargs)  # type: ignore[arg-type]
+            ones = [1] * full.meta["val"].dim()
+            self._made[full] = self._call(full.target, (ones, *full.args[1:]), full, full.kwargs)
         return self._made[full]
 
     def _call(self, target: Any, args: tuple[Any, ...], origin: fx.Node, kwargs: Mapping[str, Any] = {}) -> fx.Node:
