@@ -13,6 +13,11 @@ _REFUSED = {
     "custom_partitioner_fn": "our passes are Inductor's custom partitioner",
     "triton.cudagraphs": "operators that read gates cannot be captured, and what is around them was not tried on a GPU",
 }
+_NO_CUDA_GRAPHS = (
+    "CUDA graphs are switched on (torch._inductor.config.triton.cudagraphs, or TORCHINDUCTOR_CUDAGRAPHS=1), and they "
+    f"are not supported: {_REFUSED['triton.cudagraphs']}. Switch them off, or transform the model with "
+    "compile_options={'triton.cudagraphs': False}."
+)
 
 
 def check_compile_options(options: Mapping[str, Any]) -> None:
@@ -26,3 +31,9 @@ def check_compile_options(options: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"compile_options: {name!r} is of type {type(default).__name__}, for example {default!r}; got {value!r}"
             )
+
+
+def check_no_cuda_graphs(options: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` if Inductor would record CUDA graphs of what it is about to compile with `options`."""
+    if options.get("triton.cudagraphs", inductor_config.triton.cudagraphs):
+        raise ConfigError(_NO_CUDA_GRAPHS)
