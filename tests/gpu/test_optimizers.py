@@ -80,12 +80,13 @@ def test_steps_that_overflow_are_skipped_and_measure_nothing(form, policy, devic
     assert scaler.get_scale() == 2.0**8
     assert gates.open and gates.closed
     assert all(value.isfinite().all() for value in ours.state_dict().values())
-    assert learnt[-1] and all(map(math.isfinite, learnt[-1]))
+    # a skipped step moves nothing: measured, it would leave a zero, or what is not finite
+    assert learnt[-1] and all(0 < score < math.inf for score in learnt[-1])
 
 
 @pytest.mark.parametrize("form", ["foreach", "fused", "capturable"])
 def test_states_of_closed_layers_wait_on_the_host(form, device):
-    """The run is that of states that stay, to the last bit."""
+    """The run is that of states that stay: with another's moments a weight would be off by a hundredth."""
     model, inputs = model_on(device, "timm vit")
     runs = []
     for place in ("device", "host"):
@@ -105,4 +106,4 @@ def test_states_of_closed_layers_wait_on_the_host(form, device):
         assert (far > 0) == (place == "host" and device.type == "cuda")
         saved = optimizer.state_dict()["state"]
         assert all(torch.as_tensor(value).isfinite().all() for state in saved.values() for value in state.values())
-    assert relative(runs[1], runs[0]) < 1e-6
+    assert relative(runs[1], runs[0]) < (1e-4 if device.type == "cuda" else 1e-7)
