@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import transformed
@@ -24,7 +26,7 @@ def test_nodes_are_made_anew_in_another_stream(regions, monkeypatch):
 
     def unmarked() -> int:
         """How many of the nodes were not looked at yet; looks at them."""
-        found = [get_gradient_edge(p).node.metadata for p in slim.parameters() if p.dim() > 1]
+        found: list[Any] = [get_gradient_edge(p).node.metadata for p in slim.parameters() if p.dim() > 1]
         return len([metadata.setdefault("seen", True) for metadata in found if "seen" not in metadata])
 
     for stream, fresh in (("default", 2), ("default", 0), ("side", 2), ("side", 0), ("default", 2)):

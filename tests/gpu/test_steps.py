@@ -25,8 +25,8 @@ OPTIONS = [
 ]
 
 
-def open_sets(model: nn.Module) -> set[tuple[bool, ...]]:
-    """The gates that the steps had so far."""
+def open_sets(model: nn.Module) -> set[tuple[str, ...]]:
+    """The open layers that the steps had so far."""
     return {tuple(choice.open) for choice in slimfit_fx.scheduler(model).history}
 
 
