@@ -44,7 +44,11 @@ def transformed(model: nn.Module, **config: Any) -> nn.Module:
 
 def loss_of(outputs: Any) -> Tensor:
     """A scalar that depends on every float output."""
-    parts = (t.float() * torch.linspace(0.5, 1.5, t.numel()).view(t.shape) for t in tensors(outputs) if t.requires_grad)
+    parts = (
+        t.float() * torch.linspace(0.5, 1.5, t.numel(), device=t.device).view(t.shape)
+        for t in tensors(outputs)
+        if t.requires_grad
+    )
     return sum((part.sum() for part in parts), torch.zeros(()))
 
 

@@ -34,6 +34,24 @@ def test_a_suite_names_what_there_is(path):
     assert len({json.dumps(cell, sort_keys=True) for cell in cells}) == len(cells)
 
 
+def test_the_suite_for_a_gpu_is_ready():
+    """One command runs it where there is one: each method prepares each kind of model, and each optimizer is there."""
+    suite = json.loads((ROOT / "benchmarks" / "suites" / "gpu.json").read_text())
+    cells = list(run.cells(suite))
+    assert {models.MODELS[cell["model"]]["family"] for cell in cells} == {"bert", "vit", "llama"}
+    assert {cell["precision"] for cell in cells} == set(measure.PRECISIONS)
+    assert {"compile", "balanced"} <= {cell["method"] for cell in cells}
+    for name, method in sorted({(cell["model"], cell["method"]) for cell in cells}):
+        config = {**TINY, "num_key_value_heads": 1} if models.MODELS[name]["family"] == "llama" else TINY
+        model, _ = models.build(name, batch=2, length=32, overrides=config)
+        with (
+            functorch_config.patch(activation_memory_budget=1.0),
+            inductor_config.patch(post_grad_fusion_options={}),
+        ):
+            model = methods.prepare(model, method)
+        assert any(parameter.requires_grad for parameter in model.parameters()), (name, method)
+
+
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_a_method_prepares_a_model(method):
     model, _ = models.build("minilm", batch=2, length=4, overrides=TINY)

@@ -7,10 +7,12 @@ import torch
 from helpers import transformed
 from torch import nn
 from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
 
 import slimfit_fx
 from slimfit_fx import Config, ConfigError
 from slimfit_fx.compiler import backend
+from slimfit_fx.compiler.compile_options import check_no_cuda_graphs
 
 
 def net() -> nn.Module:
@@ -64,6 +66,8 @@ def test_a_model_with_options_can_be_asked(monkeypatch):
         ({"max_autotune": "yes"}, "is of type bool, for example False; got 'yes'"),
         ({"custom_partitioner_fn": print}, "our passes are Inductor's custom partitioner"),
         ({"triton.cudagraphs": True}, "cannot be captured"),
+        (list_mode_options("reduce-overhead"), "cannot be captured"),
+        (list_mode_options("max-autotune"), "cannot be captured"),
         (["max_autotune"], "is a mapping"),
         ({3: True}, "is a mapping"),
     ],
@@ -83,3 +87,27 @@ def test_the_interpreter_has_none():
 def test_json():
     config = Config(compile_options={"max_autotune": True, "cpp.threads": 2})
     assert Config.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs", "lite"])
+def test_options_of_torch_compiles_other_modes_are_taken(mode):
+    options = list_mode_options(mode)
+    assert Config(compile_options=options).compile_options == options
+    slimfit_fx.undo(slimfit_fx.transform(net(), compile_options=options))
+
+
+def test_cuda_graphs_that_the_environment_switches_on_are_refused_in_the_first_call():
+    model, x = transformed(net(), mode="inductor", freeze_rate=0.5), torch.randn(7, 36)
+    named = torch.compile(net(), backend="slimfit_fx")
+    with inductor_config.patch({"triton.cudagraphs": True}):
+        for each in (model, named):
+            with pytest.raises(ConfigError, match="TORCHINDUCTOR_CUDAGRAPHS"):
+                each(x)
+
+
+def test_cuda_graphs_that_the_environment_switches_on_can_be_left_out():
+    with inductor_config.patch({"triton.cudagraphs": True}):
+        check_no_cuda_graphs({"triton.cudagraphs": False})
+        with pytest.raises(ConfigError):
+            check_no_cuda_graphs({})
+    check_no_cuda_graphs({})

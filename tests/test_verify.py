@@ -14,7 +14,8 @@ from word_classifier import Classifier, batch
 
 import slimfit_fx
 from slimfit_fx import ModelError, StateError
-from slimfit_fx.inspection.gradient_difference import TOLERANCES
+from slimfit_fx.inspection.comparison import forward_rounding_of
+from slimfit_fx.inspection.gradient_difference import TOLERANCES, rounding
 from slimfit_fx.presets import PRESETS
 from slimfit_fx.runtime.registry import session_of
 
@@ -197,3 +198,20 @@ def test_inductor():
     assert found.mode == "inductor"
     with no_recompile():
         model(**inputs).loss.backward()
+
+
+def test_outputs_are_compared_to_the_bit_in_float32_on_a_cpu_alone(monkeypatch):
+    """On a GPU, of which `meta` takes the place here, sums may be divided otherwise."""
+    assert forward_rounding_of(nn.Linear(3, 3)) == 0.0
+    assert forward_rounding_of(nn.Linear(3, 3, dtype=torch.bfloat16)) == rounding(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert forward_rounding_of(nn.Linear(3, 3)) == rounding(torch.bfloat16)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # torch knows none for `meta`
+    assert forward_rounding_of(nn.Linear(3, 3, device="meta")) == rounding(torch.float32)
+
+
+def test_what_is_said_of_the_forward_is_what_was_compared():
+    model, inputs = Classifier(), batch()
+    assert "the forward to the last bit" in str(slimfit_fx.verify(model, inputs, mode="eager"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "the forward within 0.062" in str(slimfit_fx.verify(model, inputs, mode="eager"))

@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     shown.add_argument("--brief", action="store_true", help="one line for each model, precision and batch")
     check = commands.add_parser("check", help="what the tests want to know, one JSON object a line")
     check.add_argument("subject", choices=["bert", "vit", "llama", "padded", "stochastic"])
+    graphs = commands.add_parser("partitions", help="how CUDA graphs would divide the code, one JSON object a line")
+    graphs.add_argument("subject", choices=["bert", "vit", "llama"])
     interpreter = commands.add_parser("interpret", help="generated code on the CPU beside the library, as JSON")
     interpreter.add_argument("subject", help='"codecs", or a preset for a step of a tiny model')
     options = parser.parse_args(arguments)
@@ -49,6 +51,11 @@ def main(arguments: list[str] | None = None) -> None:
             from .table import measure
 
             measure(device, out=options.out or RESULT, only=options.only)
+        elif options.command == "partitions":
+            from .partitions import partitions
+
+            for fact in partitions(options.subject):
+                print(json.dumps(fact), flush=True)
         elif options.command == "interpret":
             from . import interpreted
 

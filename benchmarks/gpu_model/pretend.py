@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 import torch._inductor.constant_folding as constant_folding
+import torch._inductor.output_code as output_code
 from torch import fx
 from torch._dynamo.device_interface import CudaInterface
 from torch._functorch import config as functorch_config
@@ -116,6 +117,7 @@ def _answers(device: Device) -> Iterator[tuple[Any, str, Any]]:
             yield CudaInterface, name.lstrip("_"), staticmethod(answer)
     yield CudaInterface, "get_raw_stream", staticmethod(lambda _: 0)
     yield torch.accelerator, "is_available", lambda: False  # else Dynamo asks for the current stream
+    yield output_code, "cudagraph_partition_post_compile", lambda *_: None  # it would wrap what is never called
     yield FakeTensorMode, "avoid_device_init", property(lambda _: True)
 
 
@@ -144,13 +146,14 @@ def _triton_driver(device: Device) -> CudaDriver:
 @contextlib.contextmanager
 def _active(fake: CudaDriver) -> Iterator[None]:
     driver.set_active(fake)
-    # a CPU build has no such function, so there is nothing for mock to put back
+    # a CPU build has no such functions, so there is nothing for mock to put back
     torch._C._cuda_getCurrentRawStream = lambda _: 0
+    torch._C._cuda_cudaCachingAllocator_is_enabled = lambda: True
     try:
         yield
     finally:
         driver._active = None
-        del torch._C._cuda_getCurrentRawStream
+        del torch._C._cuda_getCurrentRawStream, torch._C._cuda_cudaCachingAllocator_is_enabled
 
 
 def _fold_on_cpu() -> Callable[[Any], Any]:

@@ -20,7 +20,7 @@ from slimfit_fx.torch_internals import (
 )
 
 from .capture import Capture
-from .compile_options import compile_options_for
+from .compile_options import check_no_cuda_graphs, compile_options_for
 from .dynamo import may_run_eagerly, steers_dynamo
 from .failures import explained
 from .inductor_fixes.loop_split import exact_loop_splits
@@ -53,6 +53,7 @@ def compile_capture(
 
     Raises:
         BackendError: a pass or code generation failed, or an operator of a graph with layers depends on data.
+        ConfigError: CUDA graphs are switched on.
         Exception: torch's own, for a graph that AOTAutograd cannot trace for any backend.
     """
     passes = PassRun(capture, rules, disabled)
@@ -101,6 +102,7 @@ class _Partitioner(CustomPartitionerFn):
 def _inductor(
     module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Partitioner, options: Mapping[str, Any]
 ) -> Callable[..., Any]:
+    check_no_cuda_graphs(options)
     compiled = compile_fx(
         module,
         inputs,

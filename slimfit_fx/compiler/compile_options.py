@@ -15,6 +15,11 @@ _REFUSED = {
     "custom_partitioner_fn": "our passes are Inductor's custom partitioner",
     "triton.cudagraphs": "operators that read gates cannot be captured, and what is around them was not tried on a GPU",
 }
+_NO_CUDA_GRAPHS = (
+    "CUDA graphs are switched on (torch._inductor.config.triton.cudagraphs, or TORCHINDUCTOR_CUDAGRAPHS=1), and they "
+    f"are not supported: {_REFUSED['triton.cudagraphs']}. Switch them off, or transform the model with "
+    "compile_options={'triton.cudagraphs': False}."
+)
 
 # What a GPU gets if the user says nothing else. Codecs come in threes and fours (query, key, value), and the gradients
 # of biases and norms end in kernels of 2 microseconds: Inductor can join kernels that do not depend on each other.
@@ -38,3 +43,9 @@ def check_compile_options(options: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"compile_options: {name!r} is of type {type(default).__name__}, for example {default!r}; got {value!r}"
             )
+
+
+def check_no_cuda_graphs(options: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` if Inductor would record CUDA graphs of what it is about to compile with `options`."""
+    if options.get("triton.cudagraphs", inductor_config.triton.cudagraphs):
+        raise ConfigError(_NO_CUDA_GRAPHS)

@@ -11,7 +11,7 @@ from slimfit_fx.config import Config
 from slimfit_fx.model.regions import find_regions
 from slimfit_fx.runtime.module_calls import compile_calls
 
-from .comparison import Comparison, rounding_of
+from .comparison import Comparison, forward_rounding_of, rounding_of
 from .plain import compile_plain
 from .runs import Watched, run
 from .sample import plain_calls
@@ -37,5 +37,15 @@ def compare(model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None, 
             half = run(model, batch, loss, session)
     finally:
         session.close()
-    comparison = Comparison(options.preset, rounding_of(model), session.layers, closed, eager, plain, opened, half)
+    comparison = Comparison(
+        options.preset,
+        rounding_of(model),
+        forward_rounding_of(model),
+        session.layers,
+        closed,
+        eager,
+        plain,
+        opened,
+        half,
+    )
     return comparison.verification(options.mode)

@@ -23,7 +23,8 @@ class Verification:
     Attributes:
         preset: whose tolerance is applied.
         mode: the code generator, `"inductor"` or `"eager"`.
-        tolerance: relative errors that are allowed, rounding included.
+        tolerance: relative errors that gradients may have, rounding included.
+        forward_rounding: the relative error that outputs may have; 0 is none, to the last bit.
         rows: one dict per gradient: parameter, layer (None without a gate), cosine and relative_error with all gates
             open, relative_error_half_closed (None if the layer was closed then), negligible (too small to be compared),
             stored_as: how the layer's input is saved.
@@ -37,6 +38,7 @@ class Verification:
     preset: str
     mode: str
     tolerance: Tolerance
+    forward_rounding: float
     rows: Sequence[dict[str, Any]]
     whole: GradientDifference
     saved_bytes: dict[str, int]
@@ -74,8 +76,9 @@ class Verification:
     def _verdict(self) -> str:
         where = f"preset {self.preset!r}, mode {self.mode!r}"
         if self.ok:
+            forward = f"within {self.forward_rounding:.2g}" if self.forward_rounding else "to the last bit"
             return (
-                f"All is well ({where}): the forward to the last bit, {len(self.rows)} gradients within "
+                f"All is well ({where}): the forward {forward}, {len(self.rows)} gradients within "
                 f"{self.tolerance.each:.2g} each and {self.tolerance.whole:.2g} together, closed layers without one, "
                 "bytes as reported."
             )

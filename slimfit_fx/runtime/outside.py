@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import Node, get_gradient_edge
@@ -66,11 +67,12 @@ class OutsideGradients:
         self._ran = False
         self._untold: set[int] = set()
         self._nodes: dict[nn.Parameter, Node] = {}  # autograd keeps a node and its hooks no longer than we do
-        self._handles: list[RemovableHandle] = []
+        self._hooks: list[RemovableHandle] = []  # of the nodes
+        self._stream = self._current_stream()  # in which the nodes were made
         self._age = max((watcher._age for watcher in _watchers), default=0) + 1
         _watchers.add(self)
         self.watch()
-        self._handles.append(_listen_to_optimizers(self))
+        self._optimizers = _listen_to_optimizers(self)
 
     def watch(self) -> None:
         """Also after parameters were moved to another device or dtype, for which autograd makes new nodes."""
@@ -80,15 +82,24 @@ class OutsideGradients:
             node = get_gradient_edge(parameter).node
             if self._nodes.get(parameter) is not node:
                 self._nodes[parameter] = node
-                self._handles.append(node.register_prehook(_arrival(weakref.ref(self), parameter, layer)))
+                self._hooks.append(node.register_prehook(_arrival(weakref.ref(self), parameter, layer)))
+
+    def follow_stream(self) -> None:
+        """Lets autograd make its nodes anew in the stream of the forward that begins.
+
+        A node adds gradients up in the stream in which it was made: held past a change of streams it would make the two
+        wait for each other, and torch warns of that.
+        """
+        if (stream := self._current_stream()) != self._stream:
+            self._stream = stream
+            self._let_go()
+            self.watch()
 
     def close(self) -> None:
         """Watches no more."""
         _watchers.discard(self)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._nodes.clear()
+        self._optimizers.remove()
+        self._let_go()
 
     def graph_ran(self, layers: Sequence[int | None], flags: Sequence[bool]) -> None:
         """A graph ran with these gates: what is open there gets its gradients from it."""
@@ -126,6 +137,20 @@ class OutsideGradients:
             self.layers.update(self._layer_of[parameter] for parameter in owned)
             self._untold |= self.layers
             self._tell()
+
+    def _current_stream(self) -> torch.Stream | None:
+        """That of the parameters' device; None on a CPU."""
+        if (accelerator := torch.accelerator.current_accelerator()) is None:
+            return None
+        devices = (parameter.device for parameter in self._layer_of if parameter.device.type == accelerator.type)
+        device = next(devices, None)
+        return None if device is None else torch.accelerator.current_stream(device)
+
+    def _let_go(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._nodes.clear()
 
     def _overruled(self, parameter: nn.Parameter) -> bool:
         """Whether the parameter belongs to a session that began later, such as that of a probe."""

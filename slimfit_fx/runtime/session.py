@@ -144,6 +144,7 @@ class Session:
             BackwardError: it runs inside of a transform of torch.func.
         """
         self._places.check()
+        self.outside.follow_stream()
         self._finish_forward()
         self.active = []
 

@@ -55,7 +55,7 @@ class ClosedStates:
         """Copies run in the background: who asks for the optimizer's state waits for them."""
         if optimizer not in self._saved_later:
             self._saved_later.add(optimizer)
-            optimizer.register_state_dict_pre_hook(lambda _: torch.accelerator.synchronize())
+            optimizer.register_state_dict_pre_hook(_wait)
 
 
 def state_bytes(optimizers: Iterable[Optimizer], parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
@@ -73,6 +73,12 @@ def _states(optimizer: Optimizer, parameter: nn.Parameter) -> dict[Any, Tensor]:
     """The tensors of the parameter's size: moments, not step counts."""
     state = optimizer.state.get(parameter, {})
     return {name: v for name, v in state.items() if isinstance(v, Tensor) and v.numel() == parameter.numel()}
+
+
+def _wait(optimizer: Optimizer) -> None:
+    for device in {parameter.device for group in optimizer.param_groups for parameter in group["params"]}:
+        if device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(device)
 
 
 def _to_pinned(value: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def _to_host(value: Tensor) -> tuple[Tensor, tuple[torch.Event, ...]]:
     copy = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
     copy.copy_(value, non_blocking=True)
     event = torch.Event(value.device)
-    event.record()
+    event.record(torch.accelerator.current_stream(value.device))  # by default of the current device, another's perhaps
     return copy, (event,)
 
 
