@@ -133,13 +133,13 @@ class _Narrowing:
 
     def _multiples(self) -> list[int | fx.Node] | None:
         """How many times the rows of the shortest tensor each source has; None if that is no number of the graph."""
-        lengths = [_length(node) for node in self._known]
+        lengths: list[Any] = [_length(node) for node in self._known]
         units = (unit for unit in lengths if all(statically_known_true(length % unit == 0) for length in lengths))
         if (unit := next(units, None)) is None:
             return None
         sizes = self._split.sizes()
         times = [_length(source) // unit for source in self._sources]
-        found = [sizes.get(count.node.expr) if isinstance(count, SymInt) else count for count in times]
+        found: list[Any] = [sizes.get(count.node.expr) if isinstance(count, SymInt) else count for count in times]
         return None if None in found else found
 
     def _make(self, node: fx.Node) -> fx.Node:

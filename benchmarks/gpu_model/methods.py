@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from slimfit_fx.model.layers import find_head
+from slimfit_fx.torch_internals import inductor_config
 
 from . import generate
 from .capture import attention
@@ -60,6 +61,12 @@ def compiled(model: Model, batch: int, layers: int, bf16: bool) -> Step:
     return _plain(*model.build(batch, layers), bf16)
 
 
+def joined(model: Model, batch: int, layers: int, bf16: bool) -> Step:
+    """torch.compile with the option of Inductor's that this library sets on a GPU."""
+    with inductor_config.patch(combo_kernels=True):
+        return compiled(model, batch, layers, bf16)
+
+
 def checkpointing(model: Model, batch: int, layers: int, bf16: bool) -> Step:
     """torch.compile, each block is computed again in the backward."""
     module, inputs = model.build(batch, layers)
@@ -96,6 +103,7 @@ def slim(preset: str) -> Callable[[Model, int, int, bool], Step]:
 METHODS: Mapping[str, Callable[[Model, int, int, bool], Step]] = {
     "eager": eager,
     "torch.compile": compiled,
+    "combo_kernels": joined,
     "checkpointing": checkpointing,
     "LoRA": lora,
     "balanced": slim("balanced"),

@@ -15,17 +15,19 @@ _COLUMNS = (
     "total peak",
     "saved",
     "kernels' traffic",
-    "roofline",
+    "forward and backward",
+    "with AdamW",
+    "kernels",
     "host calls",
 )
 
 
 def overview(path: Path) -> Iterator[str]:
     """Lines of Markdown: one for each model, precision and batch, with the total peak of each method in GiB and, in
-    parentheses, its roofline over torch.compile's; then the paper's claim."""
+    parentheses, its roofline over torch.compile's, without and with the optimizer; then the paper's claim."""
     rows: list[Row] = json.loads(path.read_text())["rows"]
     methods = _unique(row["method"] for row in rows)
-    yield f"| total peak in GiB (roofline, times torch.compile's) | {' | '.join(map(_name, methods))} |"
+    yield f"| total peak in GiB (roofline over torch.compile's: forward and backward, with AdamW) | {' | '.join(map(_name, methods))} |"
     yield f"| --- |{' --- |' * len(methods)}"
     for setting in _unique(map(_setting, rows)):
         here = {row["method"]: row for row in rows if _setting(row) == setting}
@@ -88,7 +90,9 @@ def _line(row: Row, base: Row | None) -> str:
         f"{row['total_bytes'] / 2**20:,.0f} MiB" + _ratio(row, base, "total_bytes"),
         f"{row['saved_bytes'] / 2**20:,.0f} MiB" + _ratio(row, base, "saved_bytes"),
         f"{row['kernel_traffic'] / 2**30:.1f} GiB",
+        f"{row['pass_seconds'] * 1e3:.1f} ms" + _ratio(row, base, "pass_seconds"),
         f"{row['seconds'] * 1e3:.1f} ms" + _ratio(row, base, "seconds"),
+        f"{row['kernels']:,}",
         f"{row['host_calls']:,}",
     ]
     return f"| {_name(row['method'])} | {' | '.join(cells)} |"
@@ -99,8 +103,10 @@ def _name(method: str) -> str:
 
 
 def _total(row: Row, base: Row | None) -> str:
-    times = f" ({row['seconds'] / base['seconds']:.2f})" if base is not None and row is not base else ""
-    return f"{row['total_bytes'] / 2**30:.2f}{times}"
+    total = f"{row['total_bytes'] / 2**30:.2f}"
+    if base is None or row is base:
+        return total
+    return f"{total} ({row['pass_seconds'] / base['pass_seconds']:.2f}, {row['seconds'] / base['seconds']:.2f})"
 
 
 def _ratio(row: Row, base: Row | None, name: str) -> str:

@@ -17,6 +17,7 @@ from .trace import at_depth, peak_at_depth
 
 BATCHES = (32, 128, 8)
 _FIRST = ("bert-base-128", "vit-b16-224")  # what the library is judged by comes first
+_ADAMW_PASSES = 7  # over the bytes of a parameter
 DEPTHS = (2, 3)  # a model of one layer has fewer kernels in common with a deep one
 Row = dict[str, Any]
 
@@ -68,7 +69,9 @@ def at_layers(
 ) -> dict[str, float]:
     """The figures of a model with `layers` layers from those with `depths`; bytes, seconds, FLOPs and counts.
 
-    `total_bytes`: weights, AdamW's states and the peak of activations, gradients and temporaries.
+    `total_bytes`: weights, AdamW's states and the peak of activations, gradients and temporaries. `optimizer_seconds`:
+    of a fused AdamW that reads parameter, gradient and two moments and writes all but the gradient, of the parameters
+    that have a gradient, in fp32. `pass_seconds`: of forward and backward; `seconds`: of all three.
     """
     between, beyond = depths[1] - depths[0], layers - depths[1]
     figures = zip(
@@ -79,5 +82,7 @@ def at_layers(
     found["state_bytes"] = at_depth(less.states, more.states, between, beyond)
     found["peak_bytes"] = peak_at_depth(less.trace, more.trace, between, beyond)
     found["total_bytes"] = found["weight_bytes"] + found["state_bytes"] + found["peak_bytes"]
-    found["seconds"] = found["forward_seconds"] + found["backward_seconds"]
+    found["optimizer_seconds"] = _ADAMW_PASSES * found["gradient_bytes"] / device.bandwidth
+    found["pass_seconds"] = found["forward_seconds"] + found["backward_seconds"]
+    found["seconds"] = found["pass_seconds"] + found["optimizer_seconds"]
     return {name: round(value, 6) if "seconds" in name else round(value) for name, value in found.items()}
