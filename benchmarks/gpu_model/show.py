@@ -27,7 +27,8 @@ def overview(path: Path) -> Iterator[str]:
     parentheses, its roofline over torch.compile's, without and with the optimizer; then the paper's claim."""
     rows: list[Row] = json.loads(path.read_text())["rows"]
     methods = _unique(row["method"] for row in rows)
-    yield f"| total peak in GiB (roofline over torch.compile's: forward and backward, with AdamW) | {' | '.join(map(_name, methods))} |"
+    what = "total peak in GiB (roofline over torch.compile's: forward and backward, with AdamW)"
+    yield f"| {what} | {' | '.join(map(_name, methods))} |"
     yield f"| --- |{' --- |' * len(methods)}"
     for setting in _unique(map(_setting, rows)):
         here = {row["method"]: row for row in rows if _setting(row) == setting}
