@@ -5,11 +5,10 @@ magnitude. A row is divided evenly where its length has a divisor of a useful si
 group is filled up with zeros. Those groups are decoded through computed places: dividing a loop variable by a number
 that does not divide the loop's length is what code generators get wrong.
 
-How several codes share a byte depends on who reads and writes it. On a CPU they do across the group, not side by side:
-byte j of a group holds elements j, j + s, j + 2s, … where s is the number of bytes. Generated code then reads and writes
-runs of neighbours, which vector units can, instead of shuffling bits between lanes. A GPU's code generator joins
-kernels that read elements in the order in which others make them: there eight neighbours share a word, so that packing
-is part of the kernel that computes what is packed.
+On a CPU several codes share a byte across the group, not side by side: byte j of a group holds elements j, j + s,
+j + 2s, … where s is the number of bytes. Generated code then reads and writes runs of neighbours, which vector units
+can, instead of shuffling bits between lanes. A GPU's code generator joins kernels that read elements in the order in
+which others make them: there eight neighbours share a word, and packing is part of the kernel that computes the codes.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from slimfit_fx.errors import ConfigError
 
 # The group of codecs that need none but to share bytes: long runs for vector units.
 RUN = 512
-# What eight codes fill, by the bits of a code. Sums of fewer than eight are no reduction to Inductor, and not fused as one.
+# What eight codes fill, by the bits of a code. A sum of fewer than eight is no reduction to Inductor, nor fused as one.
 _TOGETHER = 8
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -147,8 +146,8 @@ class Layout:
         return torch.arange(self.row, device=device)
 
     def _joins_neighbours(self, device: torch.device) -> bool:
-        """Whether eight neighbours share a word. A group that is no multiple of eight packs across on every device: it is
-        cut alike everywhere."""
+        """Whether eight neighbours share a word. Groups are the same on every device: one that is no multiple of eight
+        is packed across its bytes."""
         return joins_neighbours(device) and self.even and isinstance(self.size, int) and self.size % _TOGETHER == 0
 
     def _shifts(self, device: torch.device) -> Tensor:
