@@ -40,7 +40,9 @@ _RESHAPES = frozenset(
     }
 )
 _PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
-_REDUCTIONS = frozenset({aten.amax.default, aten.sum.dim_IntList, aten.any.dim, aten.logical_not.default})
+_REDUCTIONS = frozenset(
+    {aten.amax.default, aten.sum.dim_IntList, aten.any.dim, aten.any.dims, aten.logical_not.default}
+)
 # A rebuilt tensor should cost about one fused kernel.
 _LONGEST = 40
 

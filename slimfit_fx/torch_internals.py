@@ -34,6 +34,8 @@ try:
     import torch._inductor.config
     import torch._inductor.custom_graph_pass
     import torch._inductor.decomposition
+    import torch._inductor.fx_passes.post_grad
+    import torch._inductor.graph
     import torch._inductor.memory
     import torch._inductor.virtualized
     import torch._logging._internal
@@ -81,6 +83,8 @@ try:
     inductor_memory = torch._inductor.memory  # its estimate of the peak, corrected there
     FloorDiv = torch.utils._sympy.functions.FloorDiv  # a quotient in an index, for the same
     V = torch._inductor.virtualized.V  # the graph that is being compiled, for that
+    post_grad = torch._inductor.fx_passes.post_grad  # which calls of libraries a graph makes, as inductor_fixes asks
+    GraphLowering = torch._inductor.graph.GraphLowering  # whether convolutions take channels last, the same
 
     # Structured logs
     trace_structured = torch._logging._internal.trace_structured  # graphs for tlparse
@@ -108,6 +112,9 @@ _ATTRIBUTES = (
     (nn.parallel.DistributedDataParallel, "_get_active_ddp_module"),  # whose ranks must choose alike
     (CppScheduling, "try_loop_split"),  # corrected in inductor_fixes/loop_split.py
     (inductor_memory, "get_freeable_input_buf"),  # corrected in inductor_fixes/peak_estimate.py
+    (post_grad, "should_prefer_unfused_addmm"),  # answered in inductor_fixes/library_calls.py
+    (post_grad, "pass_patterns"),  # where that is asked
+    (GraphLowering, "decide_layout_opt"),  # answered there, too
 )
 for _owner, _name in _ATTRIBUTES:
     if not hasattr(_owner, _name):

@@ -81,3 +81,31 @@ def test_stochastic_rounding_compiles(tmp_path_factory):
     (result,) = gpu_code.facts(gpu_code.shared(tmp_path_factory), "check", "stochastic")
     assert result["kernels"] > 0
     assert result["errors"] == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_forward_calls_the_products_that_it_calls_without_the_passes(found, preset):
+    """Another product, or other strides, may round in another way."""
+    assert len(found["plain model"]["library_calls"]) > 10
+    assert found[f"{preset} model"]["library_calls"] == found["plain model"]["library_calls"]
+
+
+def test_so_do_layers_whose_readers_codecs_change(tmp_path_factory):
+    rows = gpu_code.facts(gpu_code.shared(tmp_path_factory), "check", "layers")
+    expected = {(row["name"], row["bf16"]): row["calls"] for row in rows if row["method"] == "plain"}
+    assert len(expected) == 8
+    assert len(rows) == 8 * (1 + len(PRESETS))
+    assert all(expected.values())
+    others = [row for row in rows if row["calls"] != expected[row["name"], row["bf16"]]]
+    assert [(row["name"], row["bf16"], row["method"]) for row in others] == []
+
+
+def test_a_derivative_is_encoded_in_the_kernel_that_computes_it(tmp_path_factory):
+    (count,) = gpu_code.facts(gpu_code.shared(tmp_path_factory), "check", "derivative")
+    assert count == {"torch.float32": 1, "torch.bfloat16": 1}
+
+
+def test_a_written_out_softmax_is_recomputed(tmp_path_factory):
+    """Inductor rewrites a scaled softmax before the passes see it."""
+    rows = gpu_code.facts(gpu_code.shared(tmp_path_factory), "check", "eager_attention")
+    assert [row["forms"] for row in rows] == [["recomputed"] * 2] * 2

@@ -13,6 +13,10 @@ from . import guard
 RESULT = Path(__file__).parent.parent / "results" / "gpu-simulated.json"
 
 
+_ONE = ("padded", "stochastic", "derivative")  # subjects of one object
+_MANY = ("layers", "eager_attention")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model", description="see benchmarks/gpu_model")
     parser.add_argument("--device", choices=["H100", "A100"], default="H100")
@@ -24,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     shown.add_argument("--out", type=Path, help="default: as above")
     shown.add_argument("--brief", action="store_true", help="one line for each model, precision and batch")
     check = commands.add_parser("check", help="what the tests want to know, one JSON object a line")
-    check.add_argument("subject", choices=["bert", "vit", "llama", "padded", "stochastic"])
+    check.add_argument("subject", choices=["bert", "vit", "llama", *_ONE, *_MANY])
     graphs = commands.add_parser("partitions", help="how CUDA graphs would divide the code, one JSON object a line")
     graphs.add_argument("subject", choices=["bert", "vit", "llama"])
     interpreter = commands.add_parser("interpret", help="generated code on the CPU beside the library, as JSON")
@@ -65,8 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             from . import check
 
-            found = {"padded": check.padded, "stochastic": check.stochastic}.get(options.subject)
-            for fact in [found()] if found else check.check(options.subject):
+            named = getattr(check, options.subject) if options.subject in (*_ONE, *_MANY) else None
+            facts = named() if named else check.check(options.subject)
+            for fact in [facts] if options.subject in _ONE else facts:
                 print(json.dumps(fact), flush=True)
 
 

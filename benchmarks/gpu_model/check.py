@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch._inductor import config as inductor_config
 
 from slimfit_fx.codecs import Quantize
@@ -18,6 +21,7 @@ from . import generate
 from .devices import A100, H100
 from .generate import Generated, Pair
 from .kernels import compile_kernel, kernels
+from .library_calls import library_calls
 from .methods import FREEZE_RATE
 from .models import SMALL
 from .simulate import simulate
@@ -53,6 +57,7 @@ def _facts(made: Generated, freeze_rate: float) -> dict[str, Any]:
     facts["spilled"] = {f"{kernel.name} sm_{sm}": result.spilled for sm, kernel, result in compiled if result.spilled}
     facts["as_it_is"] = [row for pair in made.pairs for row in _as_it_is(pair)]
     if len(made.pairs) == 1:
+        facts["library_calls"] = library_calls(made.pairs[0])
         trace = simulate(made.pairs[0], freeze_rate)
         figures = trace.figures(H100, "fp32")
         facts |= {name: figures[name] for name in ("saved_bytes", "gradient_bytes", "kernel_traffic", "flops")}
@@ -80,6 +85,55 @@ def _as_it_is(pair: Pair) -> list[list[Any]]:
         if row.nbytes > _LARGE and not row.form and not (row.dynamic or row.borrowed)
         if row.role not in _STORED_AS_THEY_ARE
     ]
+
+
+def layers() -> Iterator[dict[str, Any]]:
+    """The forward's calls of libraries of small stacks of layers, by torch.compile and with each preset."""
+    linear, inputs = functools.partial(nn.Linear, 64, 64), {"input": torch.randn(256, 64, device="meta")}
+    stacks: dict[str, tuple[Callable[[], nn.Module], dict[str, torch.Tensor]]] = {
+        "gelu": (lambda: nn.Sequential(linear(), nn.GELU(), linear()), inputs),
+        "relu": (lambda: nn.Sequential(linear(), nn.ReLU(), linear()), inputs),
+        "norms": (lambda: nn.Sequential(linear(), nn.LayerNorm(64), linear(), nn.Softmax(-1), linear()), inputs),
+        "convolution": (
+            lambda: nn.Sequential(nn.Conv2d(3, 64, 4, 4), nn.GELU(), nn.Flatten(2), *(linear() for _ in range(3))),
+            {"input": torch.randn(8, 3, 32, 32, device="meta")},
+        ),
+    }
+    for name, (build, batch) in stacks.items():
+        for bf16 in (False, True):
+            for method in ("plain", *PRESETS):
+                with torch.device("meta"):
+                    model = build().train()
+                options = {"preset": method, "freeze_rate": FREEZE_RATE}
+                made = (
+                    generate.plain(model, batch, bf16=bf16)
+                    if method == "plain"
+                    else generate.slim(model, batch, bf16=bf16, **options)
+                )
+                yield {"name": name, "bf16": bf16, "method": method, "calls": library_calls(made.pairs[0])}
+
+
+def derivative() -> dict[str, int]:
+    """How many kernels compute GELU, and its derivative in four bits, by the input's dtype."""
+    from .interpret import function_source
+
+    codec = PRESETS["tight"].codecs["activation input"].codec  # type: ignore[attr-defined]
+
+    def both(x: torch.Tensor) -> list[torch.Tensor]:
+        slope = torch.ops.aten.gelu_backward(torch.ones_like(x), x)
+        return [nn.functional.gelu(x), *codec.encode(slope)]
+
+    dtypes = (torch.float32, torch.bfloat16)
+    sources = {str(d): function_source(both, [torch.empty(32, 128, 3072, dtype=d, device="meta")]) for d in dtypes}
+    return {name: len(list(kernels(source))) for name, source in sources.items()}
+
+
+def eager_attention() -> Iterator[dict[str, Any]]:
+    """What becomes of the saved softmax of a BERT whose attention is written out."""
+    model = dataclasses.replace(SMALL["bert"], config={**SMALL["bert"].config, "attn_implementation": "eager"})
+    for bf16 in (False, True):
+        (pair,) = generate.slim(*model.build(BATCH), bf16=bf16, preset="balanced").pairs
+        yield {"bf16": bf16, "forms": [row.form for row in _saved(pair) if row.role == "softmax output"]}
 
 
 def padded() -> dict[str, bool]:

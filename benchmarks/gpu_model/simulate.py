@@ -36,7 +36,7 @@ def simulate(pair: Pair, freeze_rate: float = 0.0) -> Trace:
     with FakeTensorMode(allow_non_fake_inputs=True):
         arguments = examples(pair.forward.source)
         machine = Machine(fractions, held=arguments)
-        results = _run(pair.forward.source, machine, list(arguments))
+        results = run(pair.forward.source, machine, list(arguments))
         trace.forward = machine.take()
         names = argument_names(pair.backward.source)
         tangents = sum("tangents" in name for name in names)
@@ -46,13 +46,14 @@ def simulate(pair: Pair, freeze_rate: float = 0.0) -> Trace:
         trace.saved = machine.memory.look()
         backward_arguments = [*saved, *examples(pair.backward.source, "tangents")]
         del saved
-        gradients = _run(pair.backward.source, machine, backward_arguments)
+        gradients = run(pair.backward.source, machine, backward_arguments)
         trace.backward = machine.take()
         trace.gradients = sum(nbytes(x) for x in gradients if isinstance(x, Tensor))
     return trace
 
 
-def _run(source: str, machine: Machine, arguments: list[Any]) -> list[Any]:
+def run(source: str, machine: Machine, arguments: list[Any]) -> list[Any]:
+    """What a generated module returns on a machine, for fake tensors."""
     with sandbox(machine):
         call = _load(source)
         with machine:

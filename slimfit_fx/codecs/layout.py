@@ -5,9 +5,10 @@ magnitude. A row is divided evenly where its length has a divisor of a useful si
 group is filled up with zeros. Those groups are decoded through computed places: dividing a loop variable by a number
 that does not divide the loop's length is what code generators get wrong.
 
-Several codes share a byte across the group, not side by side: byte j of a group holds elements j, j + s, j + 2s, …
-where s is the number of bytes. Generated code then reads and writes runs of neighbours, which vector units can,
-instead of shuffling bits between lanes.
+On a CPU several codes share a byte across the group, not side by side: byte j of a group holds elements j, j + s,
+j + 2s, … where s is the number of bytes. Generated code then reads and writes runs of neighbours, which vector units
+can, instead of shuffling bits between lanes. A GPU's code generator joins kernels that read elements in the order in
+which others make them: there eight neighbours share a word, and packing is part of the kernel that computes the codes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from slimfit_fx.errors import ConfigError
 
 # The group of codecs that need none but to share bytes: long runs for vector units.
 RUN = 512
+# What eight codes fill, by the bits of a code. A sum of fewer than eight is no reduction to Inductor, nor fused as one.
+_TOGETHER = 8
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def check_group(codec: str, group: int) -> None:
@@ -101,12 +105,15 @@ class Layout:
 
     def pack(self, codes: Tensor) -> Tensor:
         """Whole numbers from 0 that `per` of them fit into a byte, float [..., count, size], as uint8
-        [..., count, size / per].
+        [..., count, size / per]; as words of eight codes on a GPU, [..., count, size / 8].
 
         Sums of float are exact here, and vectorise where shifts of bytes do not.
         """
         if self.per == 1:
             return codes.to(torch.uint8)
+        if self._joins_neighbours(codes.device):
+            shifted = codes.unflatten(-1, (-1, _TOGETHER)).to(torch.int32) << self._shifts(codes.device)
+            return shifted.sum(-1, dtype=torch.int32).to(_WORDS[8 // self.per])
         lanes = codes.unflatten(-1, (self.per, self.part(self.per)))
         # powers of two from their exponent bits: one term of a sum instead of one expression a lane
         powers = self._lanes(127 << 23, 8 // self.per << 23, codes.device).view(torch.float32)
@@ -121,6 +128,9 @@ class Layout:
         if self.per == 1:
             return self.elements(packed).to(dtype)
         bits, run = 8 // self.per, self.part(self.per)
+        if self._joins_neighbours(packed.device):
+            shifted = packed.to(torch.int32).unsqueeze(-1) >> self._shifts(packed.device)
+            return (shifted & ((1 << bits) - 1)).to(dtype).flatten(-2)
         if self.even:
             # `>>` has no symbolic sizes (torch 2.13)
             shifted = packed.to(torch.int32).unsqueeze(-2).bitwise_right_shift(self._lanes(0, bits, packed.device))
@@ -135,9 +145,24 @@ class Layout:
         """0, 1, … of the elements of a row, int64 [row]."""
         return torch.arange(self.row, device=device)
 
+    def _joins_neighbours(self, device: torch.device) -> bool:
+        """Whether eight neighbours share a word. Groups are the same on every device: one that is no multiple of eight
+        is packed across its bytes."""
+        return joins_neighbours(device) and self.even and isinstance(self.size, int) and self.size % _TOGETHER == 0
+
+    def _shifts(self, device: torch.device) -> Tensor:
+        """By how many bits each of a word's codes is shifted, int32 [8]."""
+        bits = 8 // self.per
+        return torch.arange(0, _TOGETHER * bits, bits, dtype=torch.int32, device=device)
+
     def _lanes(self, start: int, step: int, device: torch.device) -> Tensor:
         """A number for each code of a byte, from `start` in steps, int32 [per, 1]."""
         return torch.arange(start, start + self.per * step, step, dtype=torch.int32, device=device).unsqueeze(-1)
+
+
+def joins_neighbours(device: torch.device) -> bool:
+    """Whether codes are packed as a GPU's generated code needs them."""
+    return device.type != "cpu"
 
 
 def taken(x: Tensor, places: Tensor) -> Tensor:

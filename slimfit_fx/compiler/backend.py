@@ -23,6 +23,7 @@ from .capture import Capture
 from .compile_options import check_no_cuda_graphs, compile_options_for
 from .dynamo import may_run_eagerly, steers_dynamo
 from .failures import explained
+from .inductor_fixes.library_calls import as_decided, decided_without_passes
 from .inductor_fixes.loop_split import exact_loop_splits
 from .inductor_fixes.peak_estimate import true_input_sizes
 from .inductor_fixes.saved_inputs import save_inputs_unchanged
@@ -64,7 +65,7 @@ def compile_capture(
         # AOTAutograd's own cache would skip the passes, and with them plan and report. Inductor's cache of generated
         # code stays on: its key is the rewritten graph itself.
         with functorch_config.patch(enable_autograd_cache=False, donated_buffer=not capture.retainable):
-            return compiler(exposed, example_inputs, _Partitioner(passes))
+            return compiler(exposed, example_inputs, _Partitioner(passes, mode))
     except SlimFitError:
         raise
     except Exception as error:
@@ -77,12 +78,14 @@ def compile_capture(
 class _Partitioner(CustomPartitionerFn):
     """The passes from the joint graph on, in the form that both compilers call."""
 
-    def __init__(self, passes: PassRun) -> None:
-        self.passes = passes
+    def __init__(self, passes: PassRun, mode: str) -> None:
+        self.passes, self._mode = passes, mode
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        if self._mode == "inductor":
+            self.passes.capture.library_calls = decided_without_passes(gm, joint_inputs, **options)
         split = self.passes.on_joint(gm, joint_inputs, **options)
         return split.forward, split.backward
 
@@ -96,7 +99,7 @@ class _Partitioner(CustomPartitionerFn):
 
     def uuid(self) -> str:
         """What the code depends on."""
-        return self.passes.key()
+        return f"{self.passes.key()} {self.passes.capture.library_calls}"
 
 
 def _inductor(
@@ -115,7 +118,7 @@ def _inductor(
 def _compile_inner(capture: Capture, gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
     if not options.get("is_backward"):
         save_inputs_unchanged(gm)
-        with exact_loop_splits():
+        with exact_loop_splits(), as_decided(capture.library_calls):
             return compile_fx_inner(gm, inputs, **options)
     try:
         with exact_loop_splits(), true_input_sizes():

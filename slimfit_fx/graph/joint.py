@@ -15,7 +15,9 @@ from torch import fx
 
 from slimfit_fx.torch_internals import GradAOTOutput, PlainAOTInput, fx_graph_cse
 
-from .nodes import InputKey, call, gates_of, inputs_of
+from .nodes import InputKey, call, gates_of, inputs_of, origin_of
+
+_TRACED = "partitioner_tag"  # what AOTAutograd leaves on every node that it traces
 
 
 @dataclass
@@ -45,7 +47,9 @@ class JointGraph:
     ) -> JointGraph:
         """A copy to rewrite, in which equal computations are one node: one view of an activation, for instance,
         instead of one for each layer that reads it."""
-        return cls(fx.GraphModule(module, fx_graph_cse(module.graph)), num_outputs, gated, activations)
+        graph = fx_graph_cse(module.graph)
+        _label_replacements(graph)
+        return cls(fx.GraphModule(module, graph), num_outputs, gated, activations)
 
     @property
     def graph(self) -> fx.Graph:
@@ -113,3 +117,24 @@ class JointGraph:
     def _results(self) -> list[Any]:
         (results,) = self._output.args
         return list(results)  # type: ignore[arg-type]
+
+
+def _label_replacements(graph: fx.Graph) -> None:
+    """Says of what code generation put in the place of a part of a decomposed operator whose part it is.
+
+    Inductor rewrites a scaled softmax before our passes. The last node of the new ones has the origin of the old one,
+    the others have none: they look like what the user wrote, a comparison and a difference in front of an exponential.
+    """
+    if not any(_TRACED in node.meta for node in graph.nodes):
+        return
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and _TRACED not in node.meta:
+            operators = {_decomposed(user) for user in node.users}
+            if len(operators) == 1 and None not in operators:
+                node.meta |= origin_of(next(iter(node.users)))
+
+
+def _decomposed(node: fx.Node) -> Any:
+    """The operator of whose decomposition a node is a part; None for one that stands for itself."""
+    operator = node.meta.get("original_aten")
+    return None if operator is None or operator is node.target else operator
