@@ -58,7 +58,11 @@ def distilbert(batch: int, length: int) -> tuple[nn.Module, Batch]:
             if weight is not None:
                 state[module[1].replace("/", ".") + ".weight"] = weight.T.contiguous()
     config = DistilBertConfig(
-        vocab_size=28996, num_labels=2, problem_type="single_label_classification", dropout=0.0, attention_dropout=0.0
+        vocab_size=28996,
+        dropout=0.0,
+        attention_dropout=0.0,
+        num_labels=2,  # type: ignore[call-arg]  (a field of every config, passed on)
+        problem_type="single_label_classification",
     )
     model = DistilBertForSequenceClassification(config)
     missing = [name for name in model.state_dict() if name not in state and not name.startswith(("pre_", "classif"))]
