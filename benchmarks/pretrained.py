@@ -61,6 +61,7 @@ def distilbert(batch: int, length: int) -> tuple[nn.Module, Batch]:
         vocab_size=28996,
         dropout=0.0,
         attention_dropout=0.0,
+        seq_classif_dropout=0.0,
         num_labels=2,  # type: ignore[call-arg]  (a field of every config, passed on)
         problem_type="single_label_classification",
     )
