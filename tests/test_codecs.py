@@ -28,9 +28,11 @@ from slimfit_fx.codecs import (
 from slimfit_fx.errors import ConfigError
 
 LOSSY = [
-    *(Quantize(bits, 32, symmetric) for bits in (8, 4, 2) for symmetric in (True, False)),
+    *(Quantize(bits, 32, symmetric) for bits in (8, 6, 5, 4, 2) for symmetric in (True, False)),
     Quantize(4, 32, stochastic=True),
     Quantize(2, 32, symmetric=False, stochastic=True),
+    Quantize(6, 32, stochastic=True),
+    FixedPoint(6, 1 / 8, -4.0),
     FixedPoint(4, 0.5, -4.0),
     FixedPoint(8, 1 / 16, -8.0),
     FixedPoint(8, 1 / 256, 0.0),
@@ -144,7 +146,7 @@ def test_fixed_point_saturates():
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 2])
 @pytest.mark.parametrize("value", [0.1234, -0.777, 0.5])
 def test_stochastic_rounding_is_unbiased(bits, symmetric, value):
     """The mean over n draws is within 5 standard errors: a correct codec fails once in 1.7 million such tests."""
@@ -167,6 +169,8 @@ def test_pruning_keeps_the_largest():
 def test_bytes():
     assert Quantize(8, 128).nbytes((16, 768), torch.float32) == 16 * (768 + 6 * 2)
     assert Quantize(4, 64).nbytes((16, 768), torch.bfloat16) == 16 * (384 + 12 * 2)
+    assert Quantize(6, 64).nbytes((16, 768), torch.bfloat16) == 16 * (576 + 12 * 2)
+    assert Quantize(5, 64).nbytes((16, 768), torch.bfloat16) == 16 * (480 + 12 * 2)
     assert Quantize(2, 64, symmetric=False).nbytes((4, 64), torch.float32) == 4 * (16 + 2 + 4)
     assert FixedPoint(4, 0.5, -4.0).nbytes((8, 512), torch.float32) == 8 * 256
     assert BitMask().nbytes((8, 512), torch.bool) == 8 * 64
@@ -184,6 +188,8 @@ def test_they_print_and_compare():
     "make",
     [
         lambda: Quantize(3),
+        lambda: Quantize(7),
+        lambda: Quantize(6.0),
         lambda: Quantize(8, 7),
         lambda: Quantize(8, 32.0),
         lambda: FixedPoint(3, 0.5, 0.0),
@@ -204,7 +210,14 @@ def test_bad_options_are_named(make):
 
 @pytest.mark.parametrize(
     "codec",
-    [*(Quantize(bits, 8) for bits in (8, 4, 2)), Float8(group=8), TopK(1.0), TopK(1e-3), TopOfBlock(2), TopOfBlock(16)],
+    [
+        *(Quantize(bits, 8) for bits in (8, 6, 5, 4, 2)),
+        Float8(group=8),
+        TopK(1.0),
+        TopK(1e-3),
+        TopOfBlock(2),
+        TopOfBlock(16),
+    ],
     ids=repr,
 )
 def test_options_at_their_limits(codec):
@@ -245,17 +258,19 @@ def test_row_lengths_known_at_run_time_only(codec):
             assert ((found == 0) | (found == x)).all(), shape
             assert (found != 0).sum() * codec.block >= x.numel(), shape
         elif getattr(codec, "stochastic", False):  # groups of other lengths have other noise
-            steps = (1 if codec.symmetric else 2) * largest / {2: 3, 4: 7}[codec.bits]
+            steps = (1 if codec.symmetric else 2) * largest / {2: 3, 4: 7, 6: 31}[codec.bits]
             assert ((found - x).abs() <= 1.01 * steps).all(), shape
         elif isinstance(codec, (Quantize, Float8)) and shape[-1] > 37:  # other groups
-            step = 2 * largest / {8: 255, 4: 15, 2: 3}[getattr(codec, "bits", 4)]
+            step = 2 * largest / {8: 255, 6: 63, 5: 31, 4: 15, 2: 3}[getattr(codec, "bits", 4)]
             assert ((found - x).abs() <= 1.01 * step).all(), shape
         else:
             assert torch.equal(found, both(x)), shape
 
 
 @pytest.mark.parametrize(
-    "codec", [Quantize(4), Quantize(2), FixedPoint(4, 0.5, -4.0), BitMask(), TopOfBlock(8)], ids=repr
+    "codec",
+    [Quantize(6), Quantize(5), Quantize(4), Quantize(2), FixedPoint(4, 0.5, -4.0), BitMask(), TopOfBlock(8)],
+    ids=repr,
 )
 def test_row_lengths_known_at_run_time_only_cost_little_padding(codec):
     mode = FakeTensorMode(shape_env=ShapeEnv())

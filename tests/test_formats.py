@@ -15,13 +15,17 @@ from torch import Tensor
 from slimfit_fx.codecs import BitMask, Codec, FixedPoint, Float8, Quantize, TopK, TopOfBlock, WhenFrozen
 
 ROWS = (688, 197, 100, 36, 7, 1)
-# The size of groups of about 64 elements, by codes a byte and row. The largest of the divisors from 16 to 64 that fill
-# their bytes; a shorter row is a group; 197, a prime, is three groups, and 7 one, filled up.
+# The size of groups of about 64 elements, by bits and row. The largest of the divisors from 16 to 64 that fill their
+# bytes; a shorter row is a group; 197, a prime, is three groups, and 7 one, filled up.
 SIZES = {
-    1: {688: 43, 197: 66, 100: 50, 36: 36, 7: 7, 1: 1},
-    2: {688: 16, 197: 66, 100: 50, 36: 36, 7: 8, 1: 2},
-    4: {688: 16, 197: 68, 100: 20, 36: 36, 7: 8, 1: 4},
+    8: {688: 43, 197: 66, 100: 50, 36: 36, 7: 7, 1: 1},
+    6: {688: 16, 197: 68, 100: 20, 36: 36, 7: 8, 1: 4},
+    5: {688: 16, 197: 72, 100: 56, 36: 40, 7: 8, 1: 8},
+    4: {688: 16, 197: 66, 100: 50, 36: 36, 7: 8, 1: 2},
+    2: {688: 16, 197: 68, 100: 20, 36: 36, 7: 8, 1: 4},
 }
+# The bits of a code in each of its parts: 6 do not divide a byte, 4 and 2 do.
+PLANES = {8: [8], 6: [4, 2], 5: [4, 1], 4: [4], 2: [2]}
 # The size of groups of TopOfBlock(8), about 512 elements and a multiple of 16.
 BLOCKED = {688: 688, 197: 208, 100: 112, 36: 48, 7: 16, 1: 16}
 STEP_ROUNDING = 2**-7  # up to the next bfloat16
@@ -54,18 +58,18 @@ def steps_of(x: Tensor, bits: int, symmetric: bool, size: int) -> Tensor:
     """A group's extent / levels: from zero to the largest magnitude, or from the smallest element to the largest."""
     groups = grouped(x, size)
     if symmetric:
-        return groups.abs().amax(-1) / {8: 127, 4: 7, 2: 1}[bits]
-    return (groups.amax(-1) - groups.amin(-1)) / {8: 255, 4: 15, 2: 3}[bits]
+        return groups.abs().amax(-1) / {8: 127, 6: 31, 5: 15, 4: 7, 2: 1}[bits]
+    return (groups.amax(-1) - groups.amin(-1)) / {8: 255, 6: 63, 5: 31, 4: 15, 2: 3}[bits]
 
 
 @every_row
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 2])
 def test_integers_are_off_by_half_a_step(bits, symmetric, stochastic, dtype, row):
     """By a whole one if rounding is stochastic. `error_bound` promises that, and no more."""
-    codec, x, size = Quantize(bits, 64, symmetric, stochastic), rows_of(row, dtype), SIZES[8 // bits][row]
+    codec, x, size = Quantize(bits, 64, symmetric, stochastic), rows_of(row, dtype), SIZES[bits][row]
     steps = spread(steps_of(x, bits, symmetric, size), size, row)
     bound = steps * (1 + STEP_ROUNDING) * (1.0 if stochastic else 0.5)
     largest = spread(grouped(x, size).abs().amax(-1), size, row)
@@ -80,10 +84,11 @@ def test_integers_are_off_by_half_a_step(bits, symmetric, stochastic, dtype, row
 
 @every_row
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 2])
 def test_steps_of_integers_are_stored_in_bfloat16(bits, symmetric, row):
-    x, size = rows_of(row), SIZES[8 // bits][row]
-    codes, step, *low = Quantize(bits, 64, symmetric).encode(x)
+    x, size = rows_of(row), SIZES[bits][row]
+    parts = Quantize(bits, 64, symmetric).encode(x)
+    codes, (step, *low) = parts[: len(PLANES[bits])], parts[len(PLANES[bits]) :]
     groups = -(-row // size)
     expected = steps_of(x, bits, symmetric, size) * (1.0 if symmetric else 0.5)  # of halves
     assert step.dtype is torch.bfloat16
@@ -91,10 +96,10 @@ def test_steps_of_integers_are_stored_in_bfloat16(bits, symmetric, row):
     ratio = step.squeeze(-1).double()[expected > 0] / expected[expected > 0]
     assert (ratio > 1 - 1e-6).all()
     assert (ratio <= 1 + STEP_ROUNDING).all()
-    assert codes.shape == (16, groups, size * bits // 8)
-    assert codes.dtype is (torch.int8 if symmetric and bits == 8 else torch.uint8)
+    assert [part.shape for part in codes] == [(16, groups, size * width // 8) for width in PLANES[bits]]
+    assert {part.dtype for part in codes} == {torch.int8 if symmetric and bits == 8 else torch.uint8}
     assert [(part.dtype, part.shape) for part in low] == [] if symmetric else [(torch.float32, step.shape)]
-    assert Quantize(bits, 64, symmetric).encode(x.double())[1].dtype is torch.float64
+    assert Quantize(bits, 64, symmetric).encode(x.double())[len(codes)].dtype is torch.float64
 
 
 def test_a_step_that_bfloat16_has_is_not_lengthened():
@@ -109,13 +114,25 @@ def test_codes_share_bytes_across_the_group():
     assert packed == [0 | 2 << 2 | 3 << 4 | 1 << 6, 1 | 3 << 2 | 0 << 4 | 2 << 6]
     packed = FixedPoint(4, 1.0, 0.0).encode(x)[0].flatten().tolist()
     assert packed == [0 | 3 << 4, 1 | 0 << 4, 2 | 1 << 4, 3 | 2 << 4]
+    low, high = FixedPoint(6, 1.0, 0.0).encode(torch.tensor([[5.0, 63.0, 16.0, 34.0]]))
+    assert low.flatten().tolist() == [5 | 0 << 4, 15 | 2 << 4]
+    assert high.flatten().tolist() == [0 | 3 << 2 | 1 << 4 | 2 << 6]
     mask = torch.tensor([True, False, False, True, True, True, False, False])
     assert BitMask().encode(mask)[0].flatten().tolist() == [0b00111001]
 
 
 @every_row
 @pytest.mark.parametrize(
-    ("bits", "step", "low"), [(4, 0.5, -4.0), (8, 1 / 16, -8.0), (8, 1 / 256, 0.0), (2, 0.75, -1.5), (4, 0.084, -0.13)]
+    ("bits", "step", "low"),
+    [
+        (4, 0.5, -4.0),
+        (8, 1 / 16, -8.0),
+        (8, 1 / 256, 0.0),
+        (6, 0.02, -0.13),
+        (5, 0.5, -8.0),
+        (2, 0.75, -1.5),
+        (4, 0.084, -0.13),
+    ],
 )
 def test_fixed_point_takes_the_nearest_of_its_numbers(bits, step, low, row):
     numbers = low + step * torch.arange(2**bits, dtype=torch.float64)
@@ -136,7 +153,7 @@ def test_fixed_point_takes_the_nearest_of_its_numbers(bits, step, low, row):
 def test_float8_scales_a_groups_largest_to_its_own(format, largest, mantissa, lowest, row):
     generator = torch.Generator().manual_seed(row)
     x = rows_of(row) * torch.exp(4 * torch.randn(16, row, generator=generator))
-    codec, size = Float8(format, 64), SIZES[1][row]
+    codec, size = Float8(format, 64), SIZES[8][row]
     codes, scale = codec.encode(x)
     assert codes.dtype is {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[format]
     assert scale.dtype is torch.bfloat16

@@ -52,10 +52,10 @@ def test_eight_neighbours_share_a_word(as_on_a_gpu):
     x = torch.tensor([[float(code) for code in codes]])
     (packed,) = FixedPoint(2, 1.0, 0.0).encode(x)
     assert packed.dtype is torch.int16
-    assert packed.item() & 0xFFFF == sum(code << 2 * place for place, code in enumerate(codes))
+    assert int(packed.item()) & 0xFFFF == sum(code << 2 * place for place, code in enumerate(codes))
     (packed,) = FixedPoint(4, 1.0, 0.0).encode(x * 5)
     assert packed.dtype is torch.int32
-    assert packed.item() & 0xFFFFFFFF == sum(5 * code << 4 * place for place, code in enumerate(codes))
+    assert int(packed.item()) & 0xFFFFFFFF == sum(5 * code << 4 * place for place, code in enumerate(codes))
     (packed,) = BitMask().encode(x > 1)
     assert packed.dtype is torch.uint8
     assert packed.item() == sum((code > 1) << place for place, code in enumerate(codes))

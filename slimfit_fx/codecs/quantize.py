@@ -12,6 +12,7 @@ from slimfit_fx.errors import ConfigError
 
 from .codec import Codec, rounding_bound
 from .layout import RUN, Layout, as_rows, check_group, flat, row_of
+from .planes import check_bits, layout_of, pack, planes_of, unpack
 from .step import STEP_ROUNDING, finite, smallest, step_of, stored, wide
 
 
@@ -26,7 +27,7 @@ class Quantize(Codec):
         68
 
     Attributes:
-        bits: of an element: 8, 4 or 2.
+        bits: of an element: 8, 6, 5, 4 or 2.
         group: about how many elements share a step, a bfloat16; rows of the tensor (its last dimension) are divided
             evenly.
         symmetric: steps count from zero, which then is stored exactly; otherwise from the group's smallest element,
@@ -44,8 +45,7 @@ class Quantize(Codec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in (8, 4, 2):
-            raise ConfigError(f"Quantize: bits is 8, 4 or 2, got {self.bits!r}")
+        check_bits("Quantize", self.bits)
         check_group("Quantize", self.group)
 
     @property
@@ -58,15 +58,16 @@ class Quantize(Codec):
         values = layout.split(as_rows(wide(x)))
         if self.symmetric:
             step = step_of(values.abs().amax(-1, keepdim=True), self._levels, x.dtype)
-            return self._packed(layout, self._round(values / step, values)), stored(step)
+            return *self._packed(layout, self._round(values / step, values)), stored(step)
         # halves, so that the difference of two huge numbers stays finite
         half = values * 0.5
         low = half.amin(-1, keepdim=True)
         step = step_of(half.amax(-1, keepdim=True) - low, self._levels, x.dtype)
-        return self._packed(layout, self._round((half - low) / step, values)), stored(step), low
+        return *self._packed(layout, self._round((half - low) / step, values)), stored(step), low
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        codes, step, *low = parts
+        planes = planes_of(self.bits)
+        codes, (step, *low) = parts[:planes], parts[planes:]
         layout, step = self._layout(shape), wide(step)
         values = self._unpacked(layout, codes, step.dtype) * layout.spread(step)
         values = finite(values + layout.spread(low[0]), dtype, 0.5) * 2.0 if low else finite(values, dtype)
@@ -96,7 +97,7 @@ class Quantize(Codec):
         return self.symmetric and self.bits == 8
 
     def _layout(self, shape: Sequence[int]) -> Layout:
-        return Layout.of(row_of(shape), self.group, per=8 // self.bits)
+        return layout_of(row_of(shape), self.group, self.bits)
 
     def _round(self, steps: Tensor, values: Tensor) -> Tensor:
         """Whole steps; the largest element is `_levels` of them away, up to rounding errors."""
@@ -105,17 +106,17 @@ class Quantize(Codec):
         lowest = -self._levels if self.symmetric else 0
         return (steps + _noise(values, self.seed)).floor().clamp(lowest, self._levels)
 
-    def _packed(self, layout: Layout, steps: Tensor) -> Tensor:
+    def _packed(self, layout: Layout, steps: Tensor) -> tuple[Tensor, ...]:
         """Whole steps as they are stored: int8, or counted from 0 and packed."""
         if self._signed:
-            return steps.to(torch.int8)
-        return layout.pack(steps + self._levels if self.symmetric else steps)
+            return (steps.to(torch.int8),)
+        return pack(layout, steps + self._levels if self.symmetric else steps, self.bits)
 
-    def _unpacked(self, layout: Layout, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    def _unpacked(self, layout: Layout, codes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The inverse of `_packed`."""
         if self._signed:
-            return layout.elements(codes).to(dtype)
-        steps = layout.unpack(codes, dtype)
+            return layout.elements(codes[0]).to(dtype)
+        steps = unpack(layout, codes, self.bits, dtype)
         return steps - self._levels if self.symmetric else steps
 
 
@@ -126,7 +127,7 @@ class FixedPoint(Codec):
     Values outside of the range become its nearest end, infinities too; NaN becomes the number nearest to zero.
 
     Attributes:
-        bits: of an element: 8, 4 or 2.
+        bits: of an element: 8, 6, 5, 4 or 2.
         step: between two numbers.
         low: the smallest number.
     """
@@ -136,8 +137,7 @@ class FixedPoint(Codec):
     low: float
 
     def __post_init__(self) -> None:
-        if self.bits not in (8, 4, 2):
-            raise ConfigError(f"FixedPoint: bits is 8, 4 or 2, got {self.bits!r}")
+        check_bits("FixedPoint", self.bits)
         if not self.step > 0:
             raise ConfigError(f"FixedPoint: step must be positive, got {self.step!r}")
 
@@ -149,11 +149,11 @@ class FixedPoint(Codec):
         rows = torch.nan_to_num(x.to(torch.float32), nan=0.0).reshape(flat(x.shape))
         layout = self._layout(x.shape)
         codes = ((layout.split(as_rows(rows)) - self.low) * (1.0 / self.step)).round().clamp(0, 2**self.bits - 1)
-        return (layout.pack(codes),)
+        return pack(layout, codes, self.bits)
 
     def decode(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         layout = self._layout(shape)
-        values = layout.unpack(parts[0]) * self.step + self.low
+        values = unpack(layout, parts, self.bits) * self.step + self.low
         return layout.join(values).reshape(tuple(shape)).to(dtype).contiguous()
 
     def error_bound(self, x: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class FixedPoint(Codec):
         return outside + self.step * (0.5 + 1e-4) + rounding_bound(x)
 
     def _layout(self, shape: Sequence[int]) -> Layout:
-        return Layout.of(row_of(flat(shape)), RUN, per=8 // self.bits)
+        return layout_of(row_of(flat(shape)), RUN, self.bits)
 
 
 def _noise(values: Tensor, seed: int) -> Tensor:
