@@ -29,6 +29,21 @@ def _define(schema: str):
     return register
 
 
+# The gates that were read last, with their version: each call of a graph has a tensor of its own, which all of its
+# operators read.
+_last: tuple[Tensor | None, int, list[bool]] = (None, 0, [])
+
+
+def _flags(gates: Tensor) -> list[bool]:
+    """The gates as a list, from the first operator of a call for all of them: to read one takes longer than the list."""
+    global _last
+    tensor, version, flags = _last
+    if tensor is not gates or version != gates._version:
+        flags = gates.tolist()
+        _last = gates, gates._version, flags
+    return flags
+
+
 def _fake(name: str):
     return register_fake(f"slimfit_fx::{name}", lib=_library)
 
@@ -44,9 +59,8 @@ def _unknown_size() -> torch.SymInt:
 @_define("save_if_open(Tensor x, Tensor gates, int[] needed_by) -> Tensor")
 def save_if_open(x: Tensor, gates: Tensor, needed_by: list[int]) -> Tensor:
     """A copy of x [n, ...] for the backward if a gate of `needed_by` is open, else [0, ...] of x's dtype and device."""
-    if any(gates[gate] for gate in needed_by):
-        return x.clone(memory_format=torch.contiguous_format)
-    return x.new_empty((0, *x.shape[1:]))
+    (kept,) = rows_if_open([x], [1], gates, needed_by)
+    return kept
 
 
 @_fake("save_if_open")
@@ -57,7 +71,10 @@ def _(x: Tensor, gates: Tensor, needed_by: list[int]) -> Tensor:
 @_define("rows_if_open(Tensor[] xs, SymInt[] times, Tensor gates, int[] needed_by) -> Tensor[]")
 def rows_if_open(xs: list[Tensor], times: list[int], gates: Tensor, needed_by: list[int]) -> list[Tensor]:
     """Copies of xs, [times[i] n, ...] with one n for all, if a gate of `needed_by` is open, else [0, ...] each."""
-    return [save_if_open(x, gates, needed_by) for x in xs]
+    flags = _flags(gates)
+    if any(flags[gate] for gate in needed_by):
+        return [x.clone(memory_format=torch.contiguous_format) for x in xs]
+    return [x.new_empty((0, *x.shape[1:])) for x in xs]
 
 
 @_fake("rows_if_open")
@@ -80,7 +97,7 @@ def _(kept: Tensor, otherwise: Tensor) -> Tensor:
 @_define("weight_gradient(Tensor a, Tensor b, Tensor gates, int gate, ScalarType dtype) -> Tensor")
 def weight_gradient(a: Tensor, b: Tensor, gates: Tensor, gate: int, dtype: torch.dtype) -> Tensor:
     """a [m, n] @ b [n, k] in `dtype` if `gate` is open, else [0, k] and no multiplication."""
-    if gates[gate]:
+    if _flags(gates)[gate]:
         return torch.mm(a, b).to(dtype)
     return b.new_empty((0, b.shape[1]), dtype=dtype)
 
@@ -99,7 +116,7 @@ def embedding_gradient(
 ) -> Tensor:
     """The sums [count, d] in `dtype` of `rows` [..., d] by `indices` [...] where `mask` [..., 1], if `gate` is open,
     else [0, d]."""
-    if gates[gate]:
+    if _flags(gates)[gate]:
         sums = rows.new_zeros((count, rows.shape[-1]))
         indices = indices.masked_fill(~mask.squeeze(-1), 0)  # what is masked may be out of range: it adds zeros
         return sums.index_put_((indices,), rows.masked_fill(~mask, 0), accumulate=True).to(dtype)
