@@ -98,6 +98,14 @@ class _Step:
     def keeps(self) -> bool:
         return self.node.target is ops.save_if_open.default
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the view is a copy with fewer digits, or a smaller range."""
+        if self.view is None or self.view.target not in CONVERSIONS:
+            return False
+        source, copy = (x.meta["val"].dtype for x in (self.node, self.view))
+        return torch.promote_types(source, copy) != copy
+
 
 class _Recipes:
     """How to compute nodes of the forward in the backward, from what is saved at the moment."""
@@ -207,7 +215,7 @@ def _error(steps: list[_Step], wanted: fx.Node, rounded: Collection[fx.Node]) ->
     for step in steps:
         if step.view is not None or step.keeps:
             same = errors.get(step.sources[0], Error.NONE)
-            errors[step.node] = max(same, Error.RELATIVE) if _is_conversion(step.view) else same
+            errors[step.node] = max(same, Error.SCALED) if step.rounds else same
         else:
             errors[step.node] = error_of(step.node, errors)
     return errors.get(wanted, Error.NONE)
@@ -241,15 +249,11 @@ def _viewed(saved: Collection[fx.Node], restorable: Collection[Any]) -> dict[fx.
 def _undoable(node: fx.Node, restorable: Collection[Any]) -> bool:
     if node.target not in restorable or not is_tensor(node) or free_symbols(node.meta["val"].shape):
         return False
-    return not _is_conversion(node) or _is_rounding(node)
+    return node.target not in CONVERSIONS or _is_between_floats(node)
 
 
-def _is_conversion(node: fx.Node | None) -> bool:
-    return node is not None and node.target in CONVERSIONS
-
-
-def _is_rounding(conversion: fx.Node) -> bool:
-    return all(x.meta["val"].is_floating_point() for x in (conversion, conversion.all_input_nodes[0]))
+def _is_between_floats(conversion: fx.Node) -> bool:
+    return all(x.meta["val"].is_floating_point() for x in (conversion, *conversion.all_input_nodes))
 
 
 def _undone(view: fx.Node, there: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -258,6 +262,6 @@ def _undone(view: fx.Node, there: fx.Node) -> tuple[Callable[..., Any], tuple[An
         dims = [int(dim) % len(view.args[1]) for dim in view.args[1]]  # type: ignore[arg-type, union-attr]
         return aten.permute.default, (there, [dims.index(dim) for dim in range(len(dims))])
     source = view.all_input_nodes[0].meta["val"]
-    if _is_conversion(view):
+    if view.target in CONVERSIONS:
         return torch.ops.prims.convert_element_type.default, (there, source.dtype)
     return aten.view.default, (there, list(source.shape))

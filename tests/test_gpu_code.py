@@ -16,11 +16,11 @@ PRESETS = ["exact", "paper", "balanced", "tight"]
 # was measured when this was written, and a twentieth.
 CEILINGS: dict[tuple[str, str], tuple[float, float, float, float]] = {
     ("bert", "balanced"): (0.82, 0.97, 0.45, 0.165),
-    ("bert", "tight"): (0.51, 0.92, 0.41, 0.093),
+    ("bert", "tight"): (0.51, 0.92, 0.40, 0.093),
     ("vit", "balanced"): (0.93, 1.02, 0.36, 0.136),
     ("vit", "tight"): (0.68, 1.01, 0.35, 0.114),
-    ("llama", "balanced"): (0.69, 1.06, 0.57, 0.44),
-    ("llama", "tight"): (0.65, 1.07, 0.61, 0.43),
+    ("llama", "balanced"): (0.69, 1.06, 0.56, 0.44),
+    ("llama", "tight"): (0.65, 1.07, 0.61, 0.43),  # the peak was 0.55 before kernels were joined: those hold all they read
 }
 
 
@@ -33,7 +33,7 @@ def found(request, tmp_path_factory) -> dict[str, Any]:
 
 def test_every_graph_is_generated(found):
     wanted = {f"{preset} {regions}" for preset in PRESETS for regions in ("model", "blocks")}
-    assert set(found) == {"name", "plain model", *wanted}
+    assert set(found) == {"name", "plain model", "joined model", *wanted}
     for preset in PRESETS:
         assert found[f"{preset} model"]["graphs"] == 1
         assert found[f"{preset} blocks"]["calls"] == found[f"{preset} blocks"]["graphs"] + 1  # two blocks share one
@@ -41,7 +41,7 @@ def test_every_graph_is_generated(found):
 
 def test_every_kernel_compiles_for_both_architectures_without_spills(found):
     for method, row in found.items():
-        if method != "name":
+        if method not in ("name", "joined model"):
             assert row["kernels"] > 10
             assert row["compiled"] == 2 * row["kernels"]
             assert not row["errors"], method
@@ -86,9 +86,11 @@ def test_stochastic_rounding_compiles(tmp_path_factory):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_forward_calls_the_products_that_it_calls_without_the_passes(found, preset):
-    """Another product, or other strides, may round in another way; the order of two that are independent may not."""
-    assert len(found["plain model"]["library_calls"]) > 10
-    calls, expected = (sorted(map(json.dumps, found[f"{way} model"]["library_calls"])) for way in (preset, "plain"))
+    """Another product, or other strides, may round in another way. Beside torch.compile with the same options."""
+    calls, expected = (found[f"{way} model"]["library_calls"] for way in (preset, "joined"))
+    assert len(expected) > 10
+    if found["name"] == "llama":  # which kernels Inductor joins decides whether query or key comes first
+        calls, expected = (sorted(map(json.dumps, some)) for some in (calls, expected))
     assert calls == expected
 
 
