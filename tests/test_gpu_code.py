@@ -109,6 +109,11 @@ def test_a_derivative_is_encoded_in_the_kernel_that_computes_it(tmp_path_factory
     assert count == {"torch.float32": 1, "torch.bfloat16": 1}
 
 
+def test_joined_kernels_decode_few_layers_at_once(tmp_path_factory):
+    (found,) = gpu_code.facts(gpu_code.shared(tmp_path_factory), "check", "deep")
+    assert found["joined"] < 1.01 * found["single"]
+
+
 def test_a_written_out_softmax_is_recomputed(tmp_path_factory):
     """Inductor rewrites a scaled softmax before the passes see it."""
     rows = gpu_code.facts(gpu_code.shared(tmp_path_factory), "check", "eager_attention")
