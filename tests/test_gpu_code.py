@@ -24,7 +24,7 @@ CEILINGS: dict[tuple[str, str], tuple[float, float, float, float]] = {
 }
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(scope="module", params=MODELS)  # so tests of one model run one after the other
 def found(request, tmp_path_factory) -> dict[str, Any]:
     """By method and kind of regions."""
     rows = gpu_code.facts(gpu_code.shared(tmp_path_factory), "check", request.param)
