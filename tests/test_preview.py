@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import transformed
+from small_bert import bert
+from small_net import Net, X
+
+import slimfit_fx
+from slimfit_fx import ConfigError, ModelError, StateError
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.9])
+@pytest.mark.parametrize("preset", ["exact", "balanced", "tight"])
+def test_saved_bytes_are_those_of_a_real_step(preset, rate):
+    model, inputs = bert(2)
+    options = {"preset": preset, "freeze_rate": rate, "mode": "eager", "regions": "blocks"}
+    found = slimfit_fx.preview(model, inputs, **options)
+    real = transformed(model, **options)
+    real(**inputs).loss.backward()
+    report = slimfit_fx.report(real)
+    assert found.saved_bytes_at(slimfit_fx.gates(real).open) == report.saved_bytes_after
+    assert found.saved_bytes >= report.saved_bytes_after
+
+
+def test_meta_device_counts_the_same_and_nothing_is_touched():
+    model, inputs = bert(2)
+    model.eval()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    options = {"mode": "eager", "regions": "blocks"}
+    found = slimfit_fx.preview(model, inputs, **options)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    meta = {name: value.to("meta") for name, value in inputs.items()}
+    assert slimfit_fx.preview(copy.deepcopy(model).to("meta"), meta, **options).to_dict() == found.to_dict()
+    assert json.loads(json.dumps(found.to_dict()))["peak_bytes"] == found.peak
+    assert max(map(len, str(found).splitlines())) <= 100
+
+
+def test_optimizers():
+    options = {"loss": torch.sum, "mode": "eager", "freeze_rate": 0.0}
+    model = Net()
+    weights = sum(p.nbytes for p in model.parameters())
+    states = {}
+    for optimizer in ("sgd", torch.optim.AdamW, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), None):
+        found = slimfit_fx.preview(model, X, optimizer, **options).to_dict()
+        assert found["weight_bytes"] == found["gradient_bytes"] == weights
+        states[str(optimizer)[:3]] = found["optimizer_bytes"]
+    assert list(states.values())[0] == 0
+    assert 2 * weights <= list(states.values())[1] < 2 * weights + 100
+    assert list(states.values())[2] == weights
+
+
+def test_largest_batch():
+    found = slimfit_fx.preview(Net(), X, loss=torch.sum, mode="eager", optimizer=None, freeze_rate=0.0)
+    budget = found.peak * 5
+    size = found.largest_batch(budget)
+    peaks = [
+        slimfit_fx.preview(Net(), torch.empty(n, 8), loss=torch.sum, mode="eager", optimizer=None, freeze_rate=0.0).peak
+        for n in (size, size + 1)
+    ]
+    assert peaks[0] <= budget < peaks[1]
+    assert found.fits("1GiB") and not found.fits(100)
+    with pytest.raises(ConfigError, match="one example, which takes"):
+        found.largest_batch(100)
+
+
+def test_errors():
+    with pytest.raises(ConfigError, match="unknown optimizer 'adamq'"):
+        slimfit_fx.preview(Net(), X, "adamq", loss=torch.sum)
+    with pytest.raises(StateError, match="transformed or compiled already"):
+        slimfit_fx.preview(transformed(Net()), X, loss=torch.sum)
+    with pytest.raises(ModelError, match="no loss"):
+        slimfit_fx.preview(Net(), X, mode="eager")
+
+
+@pytest.mark.inductor
+def test_peak_of_compiled_code():
+    """The allocator's own count of a step, with sizes that divide nothing."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(44, 176), torch.nn.GELU(), torch.nn.Linear(176, 44), torch.nn.LayerNorm(44)
+    )
+    x = torch.randn(3 * 37 * 8, 44)
+    options = {"freeze_rate": 0.0, "preset": "balanced"}
+    found = slimfit_fx.preview(model, x, None, loss=torch.sum, **options)
+    real = transformed(model, **{"mode": "inductor", **options})
+    real(x).sum().backward()
+    real.zero_grad()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        real(x).sum().backward()
+    now, peak = 0, 0
+    for event in sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert abs(max(found.phases.values()) - peak) <= 0.05 * peak
