@@ -1,4 +1,4 @@
-"""Inductor's code for a graph, written and not compiled: what it allocates and frees happens, its kernels do nothing."""
+"""Inductor's code for a graph, written and not compiled: its allocations happen, its kernels do nothing."""
 
 from __future__ import annotations
 

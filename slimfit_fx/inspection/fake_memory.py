@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from slimfit_fx.graph import gate_ops
 from slimfit_fx.torch_internals import FakeTensorMode, tree_leaves
@@ -29,7 +30,7 @@ class FakeMemory(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.now = 0
         self.course: list[int] = []
-        self._alive: dict[int, weakref.ref[Any]] = {}
+        self._alive: dict[StorageWeakRef, weakref.ref[Any]] = {}
         self._within = False  # an operator that torch makes of others
 
     def empty(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any) -> Tensor:
@@ -60,7 +61,7 @@ class FakeMemory(FakeTensorMode):
         if tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = StorageWeakRef(storage)
         if (known := self._alive.get(key)) is not None and known() is not None:
             return
         nbytes = storage.nbytes()

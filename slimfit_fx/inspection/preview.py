@@ -39,8 +39,9 @@ def preview(
 
     A copy of the model without weights runs one step: Inductor writes the code and nothing is compiled; what the code,
     autograd and the optimizer allocate and free is counted. `regions="blocks"` captures each kind of block once, and
-    takes seconds. The layers that are open are those with most bytes, as many as open at most. What libraries allocate
-    by themselves is not counted, nor what an allocator cannot use because of fragmentation.
+    takes seconds. As many layers are open as open at most in the run, those with the largest gradients and saved
+    tensors, chosen one by one: another set may save more beside smaller gradients. What libraries allocate by
+    themselves is not counted, nor what an allocator cannot use because of fragmentation.
 
     The model, its modes and the random state stay as they are; it may be on the meta device.
 
@@ -66,8 +67,8 @@ def preview(
         raise ModelError(f"preview takes a torch.nn.Module, got {type(model).__name__}")
     if session_of(model) is not None or original(model) is not model:
         raise StateError(
-            "the model is transformed or compiled already: preview the plain one, with the options meant for transform; "
-            "slimfit_fx.undo(model) gives it back"
+            "the model is transformed or compiled already: preview the plain one, with the options meant for "
+            "transform; slimfit_fx.undo(model) gives it back"
         )
     check_shapes(model)
     options = (config or Config()).replace(**overrides)
