@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import combinations
 
 import pytest
 import torch
@@ -11,20 +12,69 @@ from small_net import Net, X
 
 import slimfit_fx
 from slimfit_fx import ConfigError, ModelError, StateError
+from slimfit_fx.inspection import fake_step, gate_sets
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.9])
 @pytest.mark.parametrize("preset", ["exact", "balanced", "tight"])
-def test_saved_bytes_are_those_of_a_real_step(preset, rate):
+def test_saved_bytes_are_those_of_a_real_step(preset):
     model, inputs = bert(2)
-    options = {"preset": preset, "freeze_rate": rate, "mode": "eager", "regions": "blocks"}
+    options = {"preset": preset, "freeze_rate": 0.9, "mode": "eager", "regions": "blocks"}
     found = slimfit_fx.preview(model, inputs, **options)
     real = transformed(model, **options)
-    real(**inputs).loss.backward()
-    report = slimfit_fx.report(real)
-    assert found.saved_bytes_at(slimfit_fx.gates(real).open) == report.saved_bytes_after
-    gradients = sum(p.grad.nbytes for p in real.parameters() if p.grad is not None)
-    assert found.saved_bytes + found.step.gradients >= report.saved_bytes_after + gradients
+    for opened in (slimfit_fx.gates(real).open, found.to_dict()["open_layers"], list(slimfit_fx.gates(real))):
+        slimfit_fx.gates(real).set(opened)
+        real.zero_grad()
+        real(**inputs).loss.backward()
+        saved = slimfit_fx.report(real).saved_bytes_after
+        assert found.saved_bytes_at(opened) == saved
+        gradients = sum(p.grad.nbytes for p in real.parameters() if p.grad is not None)
+        if len(opened) < len(slimfit_fx.gates(real)):
+            assert saved <= found.saved_bytes and gradients <= found.step.gradients
+
+
+class Mixed(torch.nn.Module):
+    """Layers of many sizes, three of which share what they save."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(300, 24)
+        self.a, self.b, self.c = (torch.nn.Linear(24, n, bias=False) for n in (12, 12, 12))
+        self.up, self.down = torch.nn.Linear(12, 200), torch.nn.Linear(200, 12)
+        self.norm, self.head = torch.nn.LayerNorm(12), torch.nn.Linear(12, 3)
+
+    def forward(self, tokens):
+        x = self.words(tokens)
+        x = self.a(x) * self.b(x).sigmoid() + self.c(x)
+        return self.head(self.norm(self.down(torch.nn.functional.gelu(self.up(x)))) + x).logsumexp(-1).sum()
+
+
+@pytest.mark.parametrize("tokens", [5, 37, 600])
+def test_no_set_of_layers_takes_more(monkeypatch, tokens):
+    """All sets, one by one, against the few that are tried."""
+    options = {"mode": "eager", "freeze_rate": 0.55}
+    found = slimfit_fx.preview(Mixed(), torch.zeros(3, tokens, dtype=torch.long), **options)
+
+    def every(plan, gradients, trains, closable, config):
+        layers = [i for i, may in enumerate(closable) if may]
+        count = gate_sets.open_at_once(config, closable)
+        chosen = sorted(combinations(layers, count), key=lambda some: sum(gradients[i] for i in some))
+        assert len(chosen) > 20
+        return [tuple(not may or i in some for i, may in enumerate(closable)) for some in chosen]
+
+    monkeypatch.setattr(fake_step, "largest_sets", every)
+    most = slimfit_fx.preview(Mixed(), torch.zeros(3, tokens, dtype=torch.long), **options)
+    assert (found.saved_bytes, found.step.gradients) == (most.saved_bytes, most.step.gradients)
+    assert found.phases == most.phases
+
+
+def test_what_is_frozen_by_hand_never_opens_and_a_budget_holds():
+    model = Mixed()
+    model.up.requires_grad_(False)
+    x = torch.zeros(3, 37, dtype=torch.long)
+    assert "up.weight" not in slimfit_fx.preview(model, x, mode="eager", freeze_rate=0.0).to_dict()["open_layers"]
+    budget = 60_000
+    found = slimfit_fx.preview(Mixed(), x, mode="eager", memory_budget=budget)
+    assert found.saved_bytes <= budget < found.saved_bytes_at(found.step.layers)
 
 
 def test_meta_device_counts_the_same_and_nothing_is_touched():

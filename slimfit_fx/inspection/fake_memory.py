@@ -23,13 +23,13 @@ class FakeMemory(FakeTensorMode):
 
     Attributes:
         now: bytes that are alive.
-        course: `now` behind each allocation since `begin`.
+        highest: the most that `now` was since `begin`.
     """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.now = 0
-        self.course: list[int] = []
+        self.highest = 0
         self._alive: dict[StorageWeakRef, weakref.ref[Any]] = {}
         self._within = False  # an operator that torch makes of others
 
@@ -39,8 +39,8 @@ class FakeMemory(FakeTensorMode):
             return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
     def begin(self) -> None:
-        """Begins a new course."""
-        self.course = [self.now]
+        """Forgets what was the most."""
+        self.highest = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "slimfit_fx":
@@ -75,4 +75,4 @@ class FakeMemory(FakeTensorMode):
 
         self._alive[key] = weakref.ref(storage, gone)
         self.now += nbytes
-        self.course.append(self.now)
+        self.highest = max(self.highest, self.now)

@@ -7,7 +7,7 @@ import functools
 import random
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,10 @@ from slimfit_fx.graph.plan import Plan
 from slimfit_fx.model.regions import find_regions
 from slimfit_fx.runtime.module_calls import compile_calls
 from slimfit_fx.runtime.session import Session
-from slimfit_fx.scheduling.budget import choose_open
-from slimfit_fx.scheduling.rate import freeze_rate_at
 from slimfit_fx.torch_internals import FakeTensor
 
 from .fake_memory import FakeMemory
+from .gate_sets import Flags, largest_sets
 from .sample import scalar_loss
 
 MakeOptimizer = Callable[[nn.Module, dict[int, nn.Parameter]], Optimizer | None]
@@ -34,16 +33,17 @@ MakeOptimizer = Callable[[nn.Module, dict[int, nn.Parameter]], Optimizer | None]
 
 @dataclass(frozen=True)
 class Step:
-    """Bytes of one training step, weights, states and batch not among those of the phases.
+    """Bytes of a training step, each the most that any set of open layers takes.
 
     Attributes:
         weights: of parameters and buffers.
         states: of the optimizer.
         inputs: of the batch.
         gradients: that the backward leaves in `.grad`.
-        phases: the bytes that are alive, behind each allocation of a phase.
+        saved: handed to the backward.
+        phases: the most that is alive at once, by phase; weights, states and batch not among it.
         plan: what is saved.
-        open_gates: of the step.
+        open_gates: of the set that takes most at once.
         layers: names, in the order of the gates.
     """
 
@@ -51,7 +51,8 @@ class Step:
     states: int
     inputs: int
     gradients: int
-    phases: Mapping[str, tuple[int, ...]]
+    saved: int
+    phases: Mapping[str, int]
     plan: Plan
     open_gates: tuple[bool, ...]
     layers: tuple[str, ...]
@@ -65,7 +66,7 @@ def fake_step(
     config: Config,
     device: torch.device | None,
 ) -> Step:
-    """The step that takes most, of a copy of `model` on fake tensors on `device`, by default the model's own."""
+    """The most that a step takes, of a copy of `model` on fake tensors on `device`, by default the model's own."""
     memory = FakeMemory()
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -99,28 +100,42 @@ def _step(
     try:
         compile_calls(fake, find_regions(fake, config), session)
         _loss(fake, inputs, loss).backward()  # compiles, and tells what is saved
-        flags = _most_open(session, fake, config)
-        session.gates.set_flags(flags)
-        _make_states(fake, session, optimizer, flags)
-        states = memory.now - weights - batch_bytes
-        held, phases = memory.now, {}
-        memory.begin()
-        value = _loss(fake, inputs, loss)
-        phases["forward"] = memory.course
-        memory.begin()
-        value.backward()
-        del value
-        phases["backward"] = memory.course
-        gradients = sum(p.grad.untyped_storage().nbytes() for p in fake.parameters() if p.grad is not None)
+        fake.zero_grad()
+        sets, stateful = _sets(session, fake, config)
         if optimizer is not None:
+            _make_states(fake, session, optimizer, stateful)
+        held, runs = memory.now, []
+        for flags in sets:
+            session.gates.set([layer.name for layer, is_open in zip(session.layers, flags, strict=True) if is_open])
+            fake.zero_grad()
+            phases: dict[str, int] = {}
+            memory.begin()
+            value = _loss(fake, inputs, loss)
+            phases["forward"] = memory.highest - held
+            memory.begin()
+            value.backward()
+            del value
+            phases["backward"] = memory.highest - held
+            runs.append(phases)
+        gradients = sum(p.grad.untyped_storage().nbytes() for p in fake.parameters() if p.grad is not None)
+        if optimizer is not None:  # with the largest gradients
             memory.begin()
             session.scheduler.before_optimizer_step(optimizer)
             optimizer.step()
             session.scheduler.after_optimizer_step(optimizer)
-            phases["optimizer"] = memory.course
-        courses = {name: tuple(now - held for now in course) for name, course in phases.items()}
-        names = tuple(layer.name for layer in session.layers)
-        return Step(weights, states, batch_bytes, gradients, courses, session.plan, tuple(flags), names)
+            runs[-1]["optimizer"] = memory.highest - held
+        largest = max(range(len(runs)), key=lambda place: max(runs[place].values()))
+        return Step(
+            weights,
+            held - weights - batch_bytes,
+            batch_bytes,
+            gradients,
+            max(session.plan.bytes_at(flags) for flags in sets),
+            {name: max(run.get(name, 0) for run in runs) for name in runs[-1]},
+            session.plan,
+            sets[largest],
+            tuple(layer.name for layer in session.layers),
+        )
     finally:
         session.close()
 
@@ -173,32 +188,36 @@ def _mapped(values: Any, place: Callable[[Tensor], Tensor]) -> Any:
     return values
 
 
-def _most_open(session: Session, model: nn.Module, config: Config) -> list[bool]:
-    """The gates of the step of the run that takes most: the layers with most bytes are open, of as many as may be."""
-    plan, parameters = session.plan, dict(model.named_parameters())
-    closable = [not layer.always_open for layer in session.layers]
-    costs = [float(sum(parameters[n].nbytes for n in layer.parameters)) for layer in session.layers]
-    for tensor in plan.saved:
-        for gate in tensor.gates:
-            costs[gate] += tensor.stored / len(tensor.gates)
-    if config.budget is not None:
-        return list(choose_open(plan, costs, [False] * len(costs), closable, config.budget))
-    count = sum(closable)
-    opened = count - int(freeze_rate_at(config, 0) * count)
-    order = sorted((i for i, may in enumerate(closable) if may), key=lambda i: -costs[i])
-    chosen = set(order[:opened])
-    return [not may or i in chosen for i, may in enumerate(closable)]
+def _sets(session: Session, model: nn.Module, config: Config) -> tuple[list[Flags], Flags]:
+    """The sets of open layers that may take most, and the layers that have optimizer states then, at most."""
+    parameters = dict(model.named_parameters())
+    trained = [[parameters[n] for n in layer.parameters if parameters[n].requires_grad] for layer in session.layers]
+    gradients = [sum(p.nbytes for p in members) for members in trained]
+    trains = [bool(members) for members in trained]
+    closable = [alive and not layer.always_open for alive, layer in zip(trains, session.layers, strict=True)]
+    sets = largest_sets(session.plan, gradients, trains, closable, config)
+    leaves = config.closed_state == "none" or (config.closed_state == "host" and _on_accelerator(model))
+    if not leaves:
+        return sets, tuple(trains)
+    # the states of a layer stay for `closed_state_after` steps: at each, others may have been open
+    opened = sum(may and now for may, now in zip(closable, sets[-1], strict=True)) * config.closed_state_after
+    shut = sorted((i for i, now in enumerate(sets[-1]) if not now and closable[i]), key=lambda i: -gradients[i])
+    kept = {*shut[:opened]}
+    return sets, tuple(now or i in kept for i, now in enumerate(sets[-1]))
 
 
-def _make_states(model: nn.Module, session: Session, optimizer: Optimizer | None, flags: Iterable[bool]) -> None:
-    """Steps once, so that states are there: of all layers, or of the open ones if closed ones have theirs elsewhere."""
-    if optimizer is not None:
-        layers = zip(session.layers, flags, strict=True)
-        shut = {name for layer, is_open in layers if not is_open for name in layer.parameters}
-        for name, parameter in model.named_parameters():
-            absent = session.config.closed_state != "device" and name in shut
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad and not absent else None
-        optimizer.step()
+def _on_accelerator(model: nn.Module) -> bool:
+    return any(parameter.device.type != "cpu" for parameter in model.parameters())
+
+
+def _make_states(model: nn.Module, session: Session, optimizer: Optimizer, stateful: Flags) -> None:
+    """Steps once, so that the states are there."""
+    layers = zip(session.layers, stateful, strict=True)
+    absent = {name for layer, has_states in layers if not has_states for name in layer.parameters}
+    for name, parameter in model.named_parameters():
+        steps = parameter.requires_grad and name not in absent
+        parameter.grad = torch.zeros_like(parameter) if steps else None
+    optimizer.step()
     model.zero_grad()
 
 

@@ -39,9 +39,10 @@ def preview(
 
     A copy of the model without weights runs one step: Inductor writes the code and nothing is compiled; what the code,
     autograd and the optimizer allocate and free is counted. `regions="blocks"` captures each kind of block once, and
-    takes seconds. As many layers are open as open at most in the run, those with the largest gradients and saved
-    tensors, chosen one by one: another set may save more beside smaller gradients. What libraries allocate by
-    themselves is not counted, nor what an allocator cannot use because of fragmentation.
+    takes seconds. As many layers are open as open at most in the run. Each figure is the most over all sets of so many
+    layers (or of what `memory_budget` holds), of which those that can take most are counted: whatever a policy
+    chooses takes no more. What libraries allocate by themselves is not counted, nor what an allocator cannot use
+    because of fragmentation.
 
     The model, its modes and the random state stay as they are; it may be on the meta device.
 
@@ -115,12 +116,12 @@ class Preview:
     @property
     def phases(self) -> dict[str, int]:
         """The most that is alive in forward, backward and optimizer step, above weights, states and batch."""
-        return {name: max(course) for name, course in self.step.phases.items()}
+        return dict(self.step.phases)
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes handed to the backward at the gates that were previewed."""
-        return self.step.plan.bytes_at(self.step.open_gates)
+        """Bytes handed to the backward, at most."""
+        return self.step.saved
 
     def saved_bytes_at(self, open_layers: Collection[str]) -> int:
         """Bytes handed to the backward while the layers of these names are open, as `report` counts them."""
@@ -199,7 +200,7 @@ class Preview:
 
 
 def _peak(step: Step) -> int:
-    return step.weights + step.states + step.inputs + max(max(course) for course in step.phases.values())
+    return step.weights + step.states + step.inputs + max(step.phases.values())
 
 
 def _leaves(batch: Any) -> list[Tensor]:
