@@ -2,8 +2,8 @@
 
     python -m benchmarks.preview --model minilm --preset balanced --regions blocks
 
-Each model is trained under both AdamWs with every layer open, then with the layers open that preview says take most, and
-under fused AdamW for as many steps as said at freeze_rate 0.9, which opens every layer at least once.
+A model is trained with every layer open, and with the layers open that preview says take most at freeze_rate 0.9; then,
+under the first optimizer, for `--steps` steps at that rate, which open every layer at least once.
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ def preview(
     A copy of the model without weights runs one step: Inductor writes the code and nothing is compiled; what the code,
     autograd and the optimizer allocate and free is counted. `regions="blocks"` captures each kind of block once, and
     takes seconds. As many layers are open as open at most in the run. Each figure is the most over all sets of so many
-    layers (or of what `memory_budget` holds), of which those that can take most are counted: whatever a policy
-    chooses takes no more. What libraries allocate by themselves is not counted, nor what an allocator cannot use
-    because of fragmentation.
+    layers (or of what `memory_budget` holds): the few sets with the largest gradients and saved tensors, at the ends
+    of forward and backward and in the midst of the backward, are counted, whatever the policy would choose. What
+    libraries allocate by themselves is not counted, nor what an allocator cannot use because of fragmentation.
 
     The model, its modes and the random state stay as they are; it may be on the meta device.
 
@@ -62,7 +62,7 @@ def preview(
     Raises:
         StateError: the model is transformed or compiled already.
         ModelError: the batch gives no loss, the model cannot be copied, or nothing in it can be frozen.
-        ConfigError: as `transform`; or an unknown optimizer.
+        ConfigError: as `transform`; an unknown optimizer; or a device that this machine does not have.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"preview takes a torch.nn.Module, got {type(model).__name__}")
@@ -77,7 +77,7 @@ def preview(
 
     if device is None and next(model.parameters()).device.type == "meta":
         device = "cpu"
-    where = None if device is None else torch.device(device)
+    where = None if device is None else _present(torch.device(device))
     if isinstance(optimizer, str):
         kinds = {k.lower(): kind for k, kind in vars(torch.optim).items() if isinstance(kind, type)}
         optimizer = kinds[choose("optimizer", optimizer.lower(), sorted(kinds))]
@@ -201,6 +201,17 @@ class Preview:
 
 def _peak(step: Step) -> int:
     return step.weights + step.states + step.inputs + max(step.phases.values())
+
+
+def _present(device: torch.device) -> torch.device:
+    """`device`, which the code is written for."""
+    module = getattr(torch, device.type, None)
+    if device.type != "cpu" and not (module is not None and module.is_available()):
+        raise ConfigError(
+            f"device: this machine has no {device.type!r}, which torch asks for its properties when it writes code. "
+            f"Preview where one is, or with device='cpu': that counts the tensors of code for a CPU."
+        )
+    return device
 
 
 def _leaves(batch: Any) -> list[Tensor]:
