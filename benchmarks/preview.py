@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ RATES = (0.0, 0.9)
 WARM_UP = 2
 
 
-def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each optimizer and rate; bytes that a step takes above weights, optimizer states and batch."""
     torch.manual_seed(0)
     model, inputs = models.build(options.model)
@@ -56,29 +57,26 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         trained.update(gates.open)
         return memory.peak()
 
-    rows = []
     for (name, rate), preview in previews.items():
         found = preview.to_dict()
         peaks = []
         for _ in range(WARM_UP + 3):
             gates.set(found["open_layers"])
             peaks.append(step(optimizers[name]))
-        rows.append(
-            {
-                **{"model": options.model, **settings, "optimizer": name, "freeze_rate": rate},
-                "preview_step_bytes": max(found["phases"].values()),
-                "measured_step_bytes": max(peaks[WARM_UP:]),
-                "preview_peak_bytes": preview.peak,
-                "phases": found["phases"],
-            }
-        )
+        row = {
+            **{"model": options.model, **settings, "optimizer": name, "freeze_rate": rate},
+            "preview_step_bytes": max(found["phases"].values()),
+            "measured_step_bytes": max(peaks[WARM_UP:]),
+            "preview_peak_bytes": preview.peak,
+            "phases": found["phases"],
+        }
+        yield row
         if rate and name == options.optimizers[0]:
             trained.clear()
             peaks = [step(optimizers[name]) for _ in range(options.steps)]
             if missing := set(gates) - trained:
                 raise ValueError(f"{options.steps} steps do not open {len(missing)} layers: --steps takes more")
-            rows[-1].update(steps=options.steps, run_step_bytes=max(peaks))
-    return rows
+            yield {**row, "steps": options.steps, "run_step_bytes": max(peaks)}
 
 
 def _with_states(model: nn.Module, name: str) -> torch.optim.Optimizer:
@@ -93,11 +91,11 @@ def _with_states(model: nn.Module, name: str) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _store(rows: list[dict[str, Any]]) -> None:
-    """Puts rows into the results, in the place of those of the same setting."""
+def _store(row: dict[str, Any]) -> None:
+    """Puts a row into the results, in the place of that of the same setting."""
     keys = ("model", "preset", "regions", "optimizer", "freeze_rate")
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    found = {tuple(row[key] for key in keys): row for row in [*known, *rows]}
+    found = {tuple(row[key] for key in keys): row for row in [*known, row]}
     RESULTS.write_text("[\n" + ",\n".join(f" {json.dumps(found[key])}" for key in sorted(found)) + "\n]\n")
 
 
@@ -111,7 +109,8 @@ def main() -> None:
     if not ENVIRONMENT.items() <= os.environ.items():  # freed memory goes back at once
         command = [sys.executable, "-m", "benchmarks.preview", *sys.argv[1:]]
         raise SystemExit(subprocess.run(command, env={**os.environ, **ENVIRONMENT}, check=False).returncode)
-    _store(compare(parser.parse_args()))
+    for row in compare(parser.parse_args()):
+        _store(row)
 
 
 if __name__ == "__main__":
