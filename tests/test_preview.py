@@ -74,7 +74,7 @@ def test_what_is_frozen_by_hand_never_opens_and_a_budget_holds():
     model.up.requires_grad_(False)
     x = torch.zeros(3, 37, dtype=torch.long)
     assert "up.weight" not in slimfit_fx.preview(model, x, mode="eager", freeze_rate=0.0).to_dict()["open_layers"]
-    budget = 30_000
+    budget = 33_000
     found = slimfit_fx.preview(Mixed(), x, mode="eager", memory_budget=budget)
     assert found.saved_bytes <= budget < found.saved_bytes_at(found.step.layers)
 
