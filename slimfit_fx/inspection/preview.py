@@ -41,7 +41,7 @@ def preview(
     autograd and the optimizer allocate and free is counted. `regions="blocks"` captures each kind of block once, and
     takes seconds. As many layers are open as open at most in the run. Each figure is the most over all sets of so many
     layers (or of what `memory_budget` holds): the few sets with the largest gradients and saved tensors, at the ends
-    of forward and backward and in the midst of the backward, are counted, whatever the policy would choose. What
+    of forward and backward and in the midst of the backward, are counted. Another may take a little more. What
     libraries allocate by themselves is not counted, nor what an allocator cannot use because of fragmentation.
 
     The model, its modes and the random state stay as they are; it may be on the meta device.
