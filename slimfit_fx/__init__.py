@@ -23,6 +23,8 @@ from .errors import VersionError as VersionError
 from .inspection.explanation import Explanation as Explanation
 from .inspection.plot import plot_history as plot_history
 from .inspection.plot import plot_memory as plot_memory
+from .inspection.preview import Preview as Preview
+from .inspection.preview import preview as preview
 from .inspection.report import Report as Report
 from .inspection.verification import Verification as Verification
 from .inspection.verify import verify as verify

@@ -125,7 +125,7 @@ class Config:
                 "takes steps to rise, a constant one takes none"
             )
         if self.memory_budget is not None:
-            object.__setattr__(self, "memory_budget", _bytes(self.memory_budget))
+            object.__setattr__(self, "memory_budget", budget_bytes(self.memory_budget))
             if self.warmup_steps or self.rise_steps or self.policy == "static":
                 raise ConfigError("memory_budget chooses the layers by itself: no warm-up, schedule or static policy")
         _count("seed", self.seed, None)
@@ -179,13 +179,13 @@ def _count(field: str, value: Any, least: int | None) -> None:
         raise ConfigError(f"{field} must be an int{bound}, got {value!r}")
 
 
-def _bytes(value: Any) -> int:
+def budget_bytes(value: Any, field: str = "memory_budget") -> int:
     """A number of bytes from itself or from a text with a unit."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG])(i?)B\s*", value) if isinstance(value, str) else None
     if match is None or float(match.group(1)) == 0:
-        raise ConfigError(f"memory_budget is a number of bytes, or a text like '2.5GiB' or '800MB'; got {value!r}")
+        raise ConfigError(f"{field} is a number of bytes, or a text like '2.5GiB' or '800MB'; got {value!r}")
     return int(float(match.group(1)) * (1024 if match.group(3) else 1000) ** ("KMG".index(match.group(2)) + 1))
 
 

@@ -71,7 +71,8 @@ try:
     must_recompute = torch._functorch.partitioners.must_recompute  # whether a node is checkpointed
     TracingContext = torch._guards.TracingContext  # the fake tensors of the compilation under way
     detect_fake_mode = torch._guards.detect_fake_mode  # the same, from tensors
-    FakeTensorMode = torch._subclasses.FakeTensorMode  # the gates as an example input
+    FakeTensor = torch._subclasses.FakeTensor  # a preview takes a model of such tensors
+    FakeTensorMode = torch._subclasses.FakeTensorMode  # the gates as an example input; a preview's tensors
 
     # Inductor, the code generator
     compile_fx = torch._inductor.compile_fx.compile_fx  # from a captured graph to code
@@ -115,6 +116,7 @@ _ATTRIBUTES = (
     (post_grad, "should_prefer_unfused_addmm"),  # answered in inductor_fixes/library_calls.py
     (post_grad, "pass_patterns"),  # where that is asked
     (GraphLowering, "decide_layout_opt"),  # answered there, too
+    (GraphLowering, "_compile_to_module"),  # where code is compiled, which a preview only reads
 )
 for _owner, _name in _ATTRIBUTES:
     if not hasattr(_owner, _name):

@@ -38,6 +38,7 @@ def compile_capture(
     mode: str,
     disabled: Collection[str] = (),
     options: Mapping[str, Any] | None = None,
+    generate: Callable[..., Any] = compile_fx_inner,
 ) -> Callable[..., Any]:
     """Compiles a graph from Dynamo; the result takes the graph's inputs and, behind them, its gates.
 
@@ -51,6 +52,7 @@ def compile_capture(
         mode: `"inductor"` or `"eager"`.
         disabled: names of optional passes that do not run.
         options: Inductor's own.
+        generate: makes a callable of one graph of the pair, by Inductor.
 
     Raises:
         BackendError: a pass or code generation failed, or an operator of a graph with layers depends on data.
@@ -61,7 +63,9 @@ def compile_capture(
     try:
         exposed, example_inputs = passes.on_captured(module, inputs)
         capture.retainable = mode == "eager" or not functorch_config.donated_buffer
-        compiler = _interpret if mode == "eager" else functools.partial(_inductor, options=options or {})
+        compiler = (
+            _interpret if mode == "eager" else functools.partial(_inductor, options=options or {}, generate=generate)
+        )
         # AOTAutograd's own cache would skip the passes, and with them plan and report. Inductor's cache of generated
         # code stays on: its key is the rewritten graph itself.
         with functorch_config.patch(enable_autograd_cache=False, donated_buffer=not capture.retainable):
@@ -103,26 +107,32 @@ class _Partitioner(CustomPartitionerFn):
 
 
 def _inductor(
-    module: fx.GraphModule, inputs: Sequence[Any], partitioner: _Partitioner, options: Mapping[str, Any]
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    partitioner: _Partitioner,
+    options: Mapping[str, Any],
+    generate: Callable[..., Any],
 ) -> Callable[..., Any]:
     check_no_cuda_graphs(options)
     compiled = compile_fx(
         module,
         inputs,
-        inner_compile=functools.partial(_compile_inner, partitioner.passes.capture),
+        inner_compile=functools.partial(_compile_inner, partitioner.passes.capture, generate),
         config_patches={**compile_options_for(inputs, options), "custom_partitioner_fn": partitioner},
     )
     return cast("Callable[..., Any]", compiled)
 
 
-def _compile_inner(capture: Capture, gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+def _compile_inner(
+    capture: Capture, generate: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any], **options: Any
+) -> Any:
     if not options.get("is_backward"):
         save_inputs_unchanged(gm)
         with exact_loop_splits(), as_decided(capture.library_calls):
-            return compile_fx_inner(gm, inputs, **options)
+            return generate(gm, inputs, **options)
     try:
         with exact_loop_splits(), true_input_sizes():
-            return _drop_closed(compile_fx_inner(gm, inputs, **options), capture)
+            return _drop_closed(generate(gm, inputs, **options), capture)
     except SlimFitError:
         raise
     except Exception as error:  # the first backward compiles the backward graph, long after `compile_capture`

@@ -47,6 +47,7 @@ class Session:
         graph_calls: how often a graph was called.
         calls: the compiled calls that modules have; weak, for they hold the model.
         outside: what no graph computes.
+        generate: what makes a callable of a graph, with mode="inductor"; None for Inductor's own.
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
@@ -61,6 +62,7 @@ class Session:
         self.captures: list[Capture] = []
         self.active: list[Run] = []
         self.graph_calls = 0
+        self.generate: Callable[..., Any] | None = None
         self.calls: WeakKeyDictionary[nn.Module, weakref.ref[Callable[..., Any]]] = WeakKeyDictionary()
         layer_of = {parameters[name]: index for index, layer in enumerate(self.layers) for name in layer.parameters}
         self.outside = OutsideGradients(model, self.gates, layer_of, _weak(self._why_outside))
@@ -207,8 +209,9 @@ class Session:
         self._recompiles.saw(capture.origin, delimits or bool(self._finished))
         rules = CodecRules(self.config.preset, self.config.codecs, self._path)
         config = self.config
+        by_other = {} if self.generate is None else {"generate": self.generate}
         compiled = compile_capture(
-            module, inputs, capture, rules, config.mode, config.disable_passes, config.compile_options
+            module, inputs, capture, rules, config.mode, config.disable_passes, config.compile_options, **by_other
         )
         self.captures.append(capture)
         return functools.partial(_weak(self._run), capture, compiled, delimits)
