@@ -17,6 +17,7 @@ when their gate is closed.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -70,6 +71,8 @@ def gate_dynamic(joint: JointGraph, plan: Plan) -> None:
             new = _insert_weight_gradient(joint, gates, linear[position], kept)
         elif (total := _embedding_sum(gradient)) is not None:
             new = _insert_embedding_gradient(joint, gates, gate, total, gradient.meta["val"].dtype)
+        elif _is_head_gradient(gradient):
+            new = _insert_head_gradient(joint, gates, gate, gradient)
         else:
             new, conditional = _insert_pass_gradient(joint, gates, gate, gradient), False
         plan.gradients.append(GatedGradient(joint.set_gradient(position, new), gate, conditional))
@@ -174,6 +177,25 @@ def _insert_embedding_gradient(
     count = zeros.args[0][0]  # type: ignore[union-attr, index]
     arguments = (rows, indices, mask, count, gates, gate, dtype)
     return joint.insert(ops.embedding_gradient.default, arguments, before=total, origin=total)
+
+
+def _is_head_gradient(gradient: fx.Node) -> bool:
+    """Whether this is the gradient of a head whose loss is computed in parts."""
+    if gradient.target is not operator.getitem or gradient.args[1] != 0:
+        return False
+    return gradient.args[0].target is ops.head_gradients.default  # type: ignore[union-attr]
+
+
+def _insert_head_gradient(joint: JointGraph, gates: fx.Node, gate: int, gradient: fx.Node) -> fx.Node:
+    """Gives the operator the gate; its other result, of the bias, is computed whatever that says."""
+    (old,) = gradient.all_input_nodes
+    new = joint.insert(ops.head_gradients.default, (*old.args[:-2], gates, gate), before=old, origin=old)
+    for part in list(old.users):
+        made = joint.insert(operator.getitem, (new, part.args[1]), before=next_of(old), origin=part)
+        part.replace_all_uses_with(made)
+        if part is gradient:
+            result = made
+    return result
 
 
 def _insert_pass_gradient(joint: JointGraph, gates: fx.Node, gate: int, gradient: fx.Node) -> fx.Node:
