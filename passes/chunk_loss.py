@@ -7,20 +7,23 @@ Runs on Dynamo's graph, where the loss is one call with all its options:
 
 becomes `head_cross_entropy(x, weight, targets, ...)`. Between the two there may be conversions, views and slices of the
 leading dimensions, products with numbers, and a soft cap. What else reads the logits needs them whole; so do the model's
-outputs, if they contain them.
+outputs, if they contain them: with `outputs="loss"` they are left out there.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
+from slimfit_fx.graph.captured import Captured
 from slimfit_fx.graph.head_ops import head_cross_entropy
+from slimfit_fx.graph.nodes import module_of
 
 # How many times as many columns as x the logits must have: x and its gradient are saved instead.
 _WORTHWHILE = 4
@@ -51,17 +54,33 @@ class _Match:
         return self.nodes[-1]
 
 
-def chunk_loss(module: fx.GraphModule, inputs: Sequence[Any], _: int) -> tuple[fx.GraphModule, Sequence[Any]]:
+def chunk_loss(module: fx.GraphModule, inputs: Sequence[Any], captured: Captured) -> tuple[fx.GraphModule, Sequence[Any]]:
     """Computes a linear head and its cross entropy in parts, so that logits are neither saved nor ever whole."""
-    losses = module.graph.find_nodes(op="call_function", target=torch.nn.functional.cross_entropy)
+    losses = module.graph.find_nodes(op="call_function", target=F.cross_entropy)
     matches = [match for match in map(_match, losses) if match is not None]
     inside = {node for match in matches for node in (*match.nodes, match.loss)}
+    (returned,) = module.graph.find_nodes(op="output")
     for match in matches:
-        if all(set(node.users) <= inside for node in match.nodes):
-            _replace(match)
+        others = {user for node in match.nodes for user in node.users} - inside
+        if not others <= {returned}:
+            continue
+        if others and not captured.only_loss:
+            captured.whole_heads.append(module_of(match.linear))
+            continue
+        captured.left_out += _leave_out(returned, match.nodes)
+        captured.heads.append(module_of(match.linear))
+        _replace(match)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module, inputs
+
+
+def _leave_out(returned: fx.Node, nodes: Collection[fx.Node]) -> list[int]:
+    """Takes nodes off the graph's outputs; returns the places that they had."""
+    (results,) = returned.args
+    found = [place for place, result in enumerate(results) if result in nodes]  # type: ignore[arg-type]
+    returned.args = (tuple(result for result in results if result not in nodes),)  # type: ignore[union-attr]
+    return found
 
 
 def _match(loss: fx.Node) -> _Match | None:
@@ -76,7 +95,7 @@ def _match(loss: fx.Node) -> _Match | None:
     classes = _value(node).shape[-1]
     if _value(node).dim() != 2 or not isinstance(classes, int):
         return None
-    while node.target not in (torch._C._nn.linear, torch.nn.functional.linear):
+    while node.target is not F.linear:
         value = node.meta.get("example_value")
         if not isinstance(value, Tensor) or value.shape[-1] != classes or not _follow(node, found):
             return None

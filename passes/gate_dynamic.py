@@ -20,6 +20,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -51,6 +52,34 @@ class _LinearGradient:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class _HeadGradient:
+    """A weight gradient that `head_gradients` makes: `part` of its results `product`, and `rest` if it is a sum with the
+    gradient of something else that has the same weight."""
+
+    gate: int
+    product: fx.Node
+    part: fx.Node
+    rest: fx.Node | None
+
+    @property
+    def activation(self) -> fx.Node:
+        return self.product.args[0]  # type: ignore[return-value]
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the operator reads the activation whatever the gate says."""
+        return bool(self.product.args[-3])
+
+
+class _Reading(NamedTuple):
+    """A product that reads `rows`, [n, ...], only if its gate is open."""
+
+    product: fx.Node
+    rows: fx.Node
+    gate: int
+
+
 def gate_dynamic(joint: JointGraph, plan: Plan) -> None:
     """Makes weight gradients and the activations that only they need conditional, and notes in the plan what became of
     each gated gradient, in the order of the inputs."""
@@ -58,12 +87,15 @@ def gate_dynamic(joint: JointGraph, plan: Plan) -> None:
     gate_of = {position: gate for gate, position in enumerate(joint.gated) if position in gradients}
     gates = joint.gates
     backward = dependent_on_gradients(joint.graph)
-    linear = {}
+    linear, heads = {}, {}
     for position, gate in gate_of.items():
-        match = _match(position, gate, gradients[position], backward)
-        if match is not None:
+        if (match := _match(position, gate, gradients[position], backward)) is not None:
             linear[position] = match
-    kept = _keep_activations(joint, gates, list(linear.values()), backward)
+        elif (head := _match_head(gradients[position], gate)) is not None:
+            heads[position] = head
+    readings = [_Reading(match.product, _rows(match), match.gate) for match in linear.values()]
+    readings += [_Reading(head.product, head.activation, head.gate) for head in heads.values() if not head.has_bias]
+    kept = _keep_activations(joint, gates, readings, backward)
 
     for position, gate in gate_of.items():
         gradient, conditional = gradients[position], True
@@ -71,8 +103,8 @@ def gate_dynamic(joint: JointGraph, plan: Plan) -> None:
             new = _insert_weight_gradient(joint, gates, linear[position], kept)
         elif (total := _embedding_sum(gradient)) is not None:
             new = _insert_embedding_gradient(joint, gates, gate, total, gradient.meta["val"].dtype)
-        elif _is_head_gradient(gradient):
-            new = _insert_head_gradient(joint, gates, gate, gradient)
+        elif position in heads:
+            new = _insert_head_gradient(joint, gates, heads[position], kept)
         else:
             new, conditional = _insert_pass_gradient(joint, gates, gate, gradient), False
         plan.gradients.append(GatedGradient(joint.set_gradient(position, new), gate, conditional))
@@ -113,14 +145,14 @@ def _match(position: int, gate: int, gradient: fx.Node, backward: set[fx.Node]) 
 def _keep_activations(
     joint: JointGraph,
     gates: fx.Node,
-    matches: list[_LinearGradient],
+    readings: list[_Reading],
     backward: set[fx.Node],
 ) -> dict[fx.Node, fx.Node]:
     """Inserts one `save_if_open` for every activation that only matched products read in the backward."""
-    products = {match.product for match in matches}
+    products = {reading.product for reading in readings}
     gates_of: dict[fx.Node, set[int]] = {}
-    for match in matches:
-        gates_of.setdefault(_rows(match), set()).add(match.gate)
+    for reading in readings:
+        gates_of.setdefault(reading.rows, set()).add(reading.gate)
 
     kept = {}
     results = set(joint.outputs)
@@ -179,23 +211,43 @@ def _insert_embedding_gradient(
     return joint.insert(ops.embedding_gradient.default, arguments, before=total, origin=total)
 
 
-def _is_head_gradient(gradient: fx.Node) -> bool:
-    """Whether this is the gradient of a head whose loss is computed in parts."""
-    if gradient.target is not operator.getitem or gradient.args[1] != 0:
+def _match_head(gradient: fx.Node, gate: int) -> _HeadGradient | None:
+    """Reads `gradient` as that of a head whose loss is computed in parts, and of an embedding, if they share it."""
+    summands = gradient.args[:2] if gradient.target is aten.add.Tensor and not gradient.kwargs else [gradient]
+    for place, node in enumerate(summands):
+        if isinstance(node, fx.Node) and len(node.users) == 1 and _is_of_head(node):
+            rest = summands[1 - place] if len(summands) == 2 else None
+            return _HeadGradient(gate, product=node.args[0], part=node, rest=rest)  # type: ignore[arg-type]
+    return None
+
+
+def _is_of_head(node: fx.Node) -> bool:
+    if node.target is not operator.getitem or node.args[1] != 0:
         return False
-    return gradient.args[0].target is ops.head_gradients.default  # type: ignore[union-attr]
+    return node.args[0].target is ops.head_gradients.default  # type: ignore[union-attr]
 
 
-def _insert_head_gradient(joint: JointGraph, gates: fx.Node, gate: int, gradient: fx.Node) -> fx.Node:
+def _insert_head_gradient(
+    joint: JointGraph, gates: fx.Node, match: _HeadGradient, kept: Mapping[fx.Node, fx.Node]
+) -> fx.Node:
     """Gives the operator the gate; its other result, of the bias, is computed whatever that says."""
-    (old,) = gradient.all_input_nodes
-    new = joint.insert(ops.head_gradients.default, (*old.args[:-2], gates, gate), before=old, origin=old)
+    old = match.product
+    rows = match.activation
+    arguments = (kept.get(rows, rows), *old.args[1:-2], gates, match.gate)
+    new = joint.insert(ops.head_gradients.default, arguments, before=old, origin=old)
     for part in list(old.users):
         made = joint.insert(operator.getitem, (new, part.args[1]), before=next_of(old), origin=part)
-        part.replace_all_uses_with(made)
-        if part is gradient:
+        if part is match.part:
             result = made
-    return result
+        else:
+            part.replace_all_uses_with(made)
+    if match.rest is None:
+        return result
+    (total,) = match.part.users
+    rest, dtype = match.rest, match.rest.meta["val"].dtype
+    if (rows_by_index := _embedding_sum(rest)) is not None:
+        rest = _insert_embedding_gradient(joint, gates, match.gate, rows_by_index, dtype)
+    return joint.insert(ops.sum_if_open.default, (result, rest, gates, match.gate), before=total, origin=total)
 
 
 def _insert_pass_gradient(joint: JointGraph, gates: fx.Node, gate: int, gradient: fx.Node) -> fx.Node:

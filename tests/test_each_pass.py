@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from slimfit_fx.codecs import Derivative, FixedPoint, Quantize, Recompute, TopK, WhenFrozen
 from slimfit_fx.compiler import pipeline
+from slimfit_fx.graph.captured import Captured
 from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.graph.nodes import keep_of
 from slimfit_fx.graph.plan import Plan
@@ -69,7 +70,7 @@ def expected() -> torch.Tensor:
 
 def test_expose_gates():
     captured = fx.symbolic_trace(torch.nn.Identity())
-    exposed, inputs = expose_gates(captured, [X], 3)
+    exposed, inputs = expose_gates(captured, [X], Captured(gates=3))
     names = [node.name for node in exposed.graph.find_nodes(op="placeholder")]
     assert (names[-1], len(names), len(inputs)) == ("slimfit_gates", 2, 2)
     assert (inputs[-1].shape, inputs[-1].dtype) == ((3,), torch.bool)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
+from slimfit_fx.graph.gate_ops import ops
 from slimfit_fx.graph.nodes import COPIES, SPLITS, VIEWS, aten, base_of, hint, is_pointwise, keep_of, readers
 from slimfit_fx.roles import BORROWED
 
@@ -72,6 +73,8 @@ def find_role(produced: fx.Node, taken: fx.Node) -> str:
         return "dropout mask"
     if not value.is_floating_point():
         return "indices"
+    if _is_loss_gradient(base):
+        return "loss gradient"
     if _is_statistic(base):
         return "statistics"
     if _are_scores(base):
@@ -196,6 +199,12 @@ def leads_to(base: fx.Node, found: Callable[[fx.Node], bool], by_way_of: Callabl
             if by_way_of(node):
                 pending.append(node)
     return False
+
+
+def _is_loss_gradient(base: fx.Node) -> bool:
+    if base.target is not operator.getitem:
+        return False
+    return base.args[0].target is ops.token_losses.default and base.args[1] == 2  # type: ignore[union-attr]
 
 
 def _is_statistic(node: fx.Node) -> bool:

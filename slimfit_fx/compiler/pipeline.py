@@ -40,8 +40,8 @@ class Pass:
 
     Attributes:
         function: what it does, in place. Its name is the pass's, the first sentence of its docstring the summary.
-        on: what the function takes. `"captured"`: Dynamo's graph, its example inputs and the number of gates; it
-            returns a graph and inputs. `"joint"`: (JointGraph, Plan). `"cut"`: the JointGraph and what AOTAutograd
+        on: what the function takes. `"captured"`: Dynamo's graph, its example inputs and a `Captured`; it returns
+            a graph and inputs. `"joint"`: (JointGraph, Plan). `"cut"`: the JointGraph and what AOTAutograd
             hands to a partitioner; it returns the SplitGraph. `"split"`: (SplitGraph, Plan).
         optional: whether `Config.disable_passes` may name it: gradients stay right without it.
     """

@@ -58,7 +58,7 @@ def token_losses(
         loss = own * (lse - chosen)
         if spread is not None:
             loss += total * (all_weights * lse - spread)
-        losses[part], sums[part] = loss, lse
+        losses[part], sums[part] = loss.masked_fill_(targets[part] == ignored, 0), lse
         if inner:
             difference = exponentials.mul_(((own + total * all_weights) / denominator)[:, None])
             _subtract_targets(difference, target, own, total, class_weights)
@@ -195,6 +195,8 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, losses, _sums, _gradients):
     x, weight, bias, targets, class_weights, sums, gradients = ctx.saved_tensors
     inner, outer, added = ctx.needs_input_grad[:3]
+    ignored, *_ = ctx.options
+    losses = torch.where(targets == ignored, 0, losses)  # a mean of no token asks for infinite ones
     of_x = (gradients.to(losses.dtype) * losses[:, None]).to(x.dtype) if inner else None
     of_weight = of_bias = None
     if outer or added:
