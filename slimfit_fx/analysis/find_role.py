@@ -10,7 +10,7 @@ from torch import fx
 
 from slimfit_fx.graph.gate_ops import ops
 from slimfit_fx.graph.nodes import COPIES, SPLITS, VIEWS, aten, base_of, hint, is_pointwise, keep_of, readers
-from slimfit_fx.roles import BORROWED
+from slimfit_fx.roles import BORROWED, EXACT
 
 from .conditioning import operator_of
 
@@ -68,7 +68,9 @@ def find_role(produced: fx.Node, taken: fx.Node) -> str:
     if base.op == "placeholder":
         return BORROWED
     if (kept := keep_of(produced)) is not None:
-        return _linear_role(kept)
+        # logits are computed of it again, and an error in them goes through an exponential
+        of_head = any(reader.target is ops.head_gradients.default for reader in readers(taken))
+        return EXACT if of_head else _linear_role(kept)
     if value.dtype is torch.bool:
         return "dropout mask"
     if not value.is_floating_point():
