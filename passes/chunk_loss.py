@@ -6,8 +6,8 @@ Runs on Dynamo's graph, where the loss is one call with all its options:
     cross_entropy(view(float(logits)), targets)
 
 becomes `head_cross_entropy(x, weight, targets, ...)`. Between the two there may be conversions, views and slices of the
-leading dimensions, products with numbers, and a soft cap. What else reads the logits needs them whole; so do the model's
-outputs, if they contain them: with `outputs="loss"` they are left out there.
+leading dimensions, products with numbers, and a soft cap. What else reads the logits needs them whole; so do the
+model's outputs, if they contain them: with `outputs="loss"` they are left out there.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class _Match:
         return self.nodes[-1]
 
 
-def chunk_loss(module: fx.GraphModule, inputs: Sequence[Any], captured: Captured) -> tuple[fx.GraphModule, Sequence[Any]]:
+def chunk_loss(
+    module: fx.GraphModule, inputs: Sequence[Any], captured: Captured
+) -> tuple[fx.GraphModule, Sequence[Any]]:
     """Computes a linear head and its cross entropy in parts, so that logits are neither saved nor ever whole."""
     losses = module.graph.find_nodes(op="call_function", target=F.cross_entropy)
     matches = [match for match in map(_match, losses) if match is not None]

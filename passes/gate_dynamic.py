@@ -11,8 +11,9 @@ without bias, under autocast, with dynamic shapes. It becomes
 
 where one `kept` serves all layers that x feeds. If the backward reads x for another reason (attention's backward reads
 its own output), then x is static, and the product reads it directly. An embedding's gradient, rows summed by index, is
-skipped in the same way. The gradients of everything else (convolutions, norms, tied weights) are computed, and dropped
-when their gate is closed.
+skipped in the same way, and so is that of a head whose loss is computed in parts, tied to the embedding or not. The
+gradients of everything else (convolutions, norms, other tied weights) are computed, and dropped when their gate is
+closed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from slimfit_fx.analysis.head_gradient import HeadGradient, match_head
 from slimfit_fx.graph.gate_ops import ops
 from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.graph.nodes import CONVERSIONS, aten, base_of, dependent_on_gradients, hint, next_of, readers
@@ -52,26 +54,6 @@ class _LinearGradient:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class _HeadGradient:
-    """A weight gradient that `head_gradients` makes: `part` of its results `product`, and `rest` if it is a sum with the
-    gradient of something else that has the same weight."""
-
-    gate: int
-    product: fx.Node
-    part: fx.Node
-    rest: fx.Node | None
-
-    @property
-    def activation(self) -> fx.Node:
-        return self.product.args[0]  # type: ignore[return-value]
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether the operator reads the activation whatever the gate says."""
-        return bool(self.product.args[-3])
-
-
 class _Reading(NamedTuple):
     """A product that reads `rows`, [n, ...], only if its gate is open."""
 
@@ -91,7 +73,7 @@ def gate_dynamic(joint: JointGraph, plan: Plan) -> None:
     for position, gate in gate_of.items():
         if (match := _match(position, gate, gradients[position], backward)) is not None:
             linear[position] = match
-        elif (head := _match_head(gradients[position], gate)) is not None:
+        elif (head := match_head(gradients[position], gate)) is not None:
             heads[position] = head
     readings = [_Reading(match.product, _rows(match), match.gate) for match in linear.values()]
     readings += [_Reading(head.product, head.activation, head.gate) for head in heads.values() if not head.has_bias]
@@ -211,24 +193,8 @@ def _insert_embedding_gradient(
     return joint.insert(ops.embedding_gradient.default, arguments, before=total, origin=total)
 
 
-def _match_head(gradient: fx.Node, gate: int) -> _HeadGradient | None:
-    """Reads `gradient` as that of a head whose loss is computed in parts, and of an embedding, if they share it."""
-    summands = gradient.args[:2] if gradient.target is aten.add.Tensor and not gradient.kwargs else [gradient]
-    for place, node in enumerate(summands):
-        if isinstance(node, fx.Node) and len(node.users) == 1 and _is_of_head(node):
-            rest = summands[1 - place] if len(summands) == 2 else None
-            return _HeadGradient(gate, product=node.args[0], part=node, rest=rest)  # type: ignore[arg-type]
-    return None
-
-
-def _is_of_head(node: fx.Node) -> bool:
-    if node.target is not operator.getitem or node.args[1] != 0:
-        return False
-    return node.args[0].target is ops.head_gradients.default  # type: ignore[union-attr]
-
-
 def _insert_head_gradient(
-    joint: JointGraph, gates: fx.Node, match: _HeadGradient, kept: Mapping[fx.Node, fx.Node]
+    joint: JointGraph, gates: fx.Node, match: HeadGradient, kept: Mapping[fx.Node, fx.Node]
 ) -> fx.Node:
     """Gives the operator the gate; its other result, of the bias, is computed whatever that says."""
     old = match.product

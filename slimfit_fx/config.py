@@ -76,8 +76,8 @@ class Config:
         regions: what one graph covers: the whole `"model"`, or its `"blocks"`: repeated blocks are compiled once,
             whatever the depth, and everything else module by module (regional compilation). What the model's own
             forward computes between modules, such as the loss, then runs operator by operator, and stays exact.
-        outputs: what a training call returns: `"all"`, or with `"loss"` no logits that only the caller would read, if the
-            loss can be made in parts without them. Using them raises `OutputError`; eval mode returns them.
+        outputs: what a training call returns: `"all"`, or with `"loss"` no logits that only the caller would read where
+            the loss is made in parts without them. Using them raises `OutputError`; eval mode returns them.
         mode: `"inductor"` generates code; `"eager"` runs the rewritten graphs operator by operator (compiles in
             seconds, for tests and debugging).
         compile_options: Inductor's own, by their names in `torch._inductor.config`, such as `{"max_autotune": True}`:
@@ -119,7 +119,9 @@ class Config:
         choose("regions", self.regions, REGIONS)
         choose("outputs", self.outputs, OUTPUTS)
         if self.outputs == "loss" and self.regions == "blocks":
-            raise ConfigError('outputs="loss" needs head and loss in one graph, and regions="blocks" leaves the loss out')
+            raise ConfigError(
+                'outputs="loss" needs head and loss in one graph, and regions="blocks" leaves the loss out of all'
+            )
         object.__setattr__(self, "compile_options", _compile_options(self.compile_options, self.mode))
         choose("rate_schedule", self.rate_schedule, RATE_SCHEDULES)
         choose("closed_state", self.closed_state, CLOSED_STATES)

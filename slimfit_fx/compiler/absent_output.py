@@ -14,8 +14,11 @@ _TEXT = (
 
 
 class AbsentOutput:
-    """Stands for logits that were left out. It can be passed on, copied and printed; any other use raises `OutputError`,
-    which is an AttributeError, too: `hasattr` finds nothing."""
+    """Stands for logits that were left out.
+
+    It can be passed on, copied and printed; any other use raises `OutputError`, which is an AttributeError, too:
+    `hasattr` finds nothing.
+    """
 
     __slots__ = ()
 

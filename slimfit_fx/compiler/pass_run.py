@@ -56,9 +56,7 @@ class PassRun:
     ) -> SplitGraph:
         """The pair that a joint graph of AOTAutograd's becomes. The arguments are those of any partitioner."""
         self.traced = True
-        plan = self._plan = Plan(
-            rules=self._rules, heads=self.captured.heads, whole_heads=self.captured.whole_heads
-        )
+        plan = self._plan = Plan(rules=self._rules, heads=self.captured.heads, whole_heads=self.captured.whole_heads)
         joint = JointGraph.copy_of(gm, num_fwd_outputs, self.capture.gated, self.capture.activations)
         self._graphs = {"joint": joint.module}
         for entry in enabled("joint", self._disabled):

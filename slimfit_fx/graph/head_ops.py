@@ -1,7 +1,7 @@
 """The operators of a linear head and its cross entropy in which the logits are never whole.
 
-    forward:   token_losses(x, weight, ...)          losses [n], log-sum-exps [n], d losses / d x [n, d]; tokens in parts
-    backward:  head_gradients(x, weight, ..., g)     d/d weight [v, d], d/d bias [v]; the vocabulary in parts
+    forward:   token_losses(x, weight, ...)       losses [n], log-sum-exps [n], d losses / d x [n, d]: by tokens
+    backward:  head_gradients(x, weight, ..., g)  d/d weight [v, d], d/d bias [v]: by the vocabulary
 
 Each token's gradient by its own x needs nothing of the other tokens, so the forward makes it while it has the token's
 logits; the backward scales it. A weight's gradient is made of all tokens: the backward computes logits again, for one
@@ -22,7 +22,9 @@ _PARTS = 16  # one part of the logits, with what is computed of it, takes less t
 _LEAST = 64  # rows or columns of a part: a product of fewer is slow
 _MOST = 2**26  # elements of a part
 
-_OPTIONS = "Tensor targets, Tensor? class_weights, int ignored, float smoothing, float scale, float cap, ScalarType dtype"
+_OPTIONS = (
+    "Tensor targets, Tensor? class_weights, int ignored, float smoothing, float scale, float cap, ScalarType dtype"
+)
 
 
 @_define(f"token_losses(Tensor x, Tensor weight, Tensor? bias, {_OPTIONS}, bool inner) -> (Tensor, Tensor, Tensor)")
@@ -30,8 +32,8 @@ def token_losses(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, class_weights: Tensor | None, ignored: int,
     smoothing: float, scale: float, cap: float, dtype: torch.dtype, inner: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The cross entropy of each token, [n]; the log-sum-exp of its logits, [n]; and, if `inner`, the gradient of its loss
-    by its x, [n, d] in x's dtype, else [0, d].
+    """The cross entropy of each token, [n]; the log-sum-exp of its logits, [n]; and, if `inner`, the gradient of its
+    loss by its x, [n, d] in x's dtype, else [0, d].
 
     Args:
         x: [n, d].
@@ -123,7 +125,9 @@ def _(x, weight, bias, targets, class_weights, ignored, smoothing, scale, cap, d
       gates, gate):  # fmt: skip
     classes = weight.shape[0]
     rows = (classes if gates is None else _unknown_size()) if outer else 0
-    return weight.new_empty((rows, weight.shape[1])), (weight if bias is None else bias).new_empty(classes if added else 0)
+    return weight.new_empty((rows, weight.shape[1])), (weight if bias is None else bias).new_empty(
+        classes if added else 0
+    )
 
 
 def _parts(count: int, other: int) -> Iterator[slice]:
@@ -213,8 +217,8 @@ def head_cross_entropy(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, class_weights: Tensor | None, ignored: int,
     smoothing: float, scale: float, cap: float, dtype: torch.dtype, result: torch.dtype, reduction: str,
 ) -> Tensor:  # fmt: skip
-    """`cross_entropy` of the logits of `token_losses`, in the dtype `result`: a scalar, or with the reduction `"none"` of
-    the shape of the targets.
+    """`cross_entropy` of the logits of `token_losses`, in the dtype `result`: a scalar, or with the reduction `"none"`
+    of the shape of the targets.
 
     Args:
         x: [..., d].
