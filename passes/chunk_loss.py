@@ -72,7 +72,6 @@ def chunk_loss(
         captured.left_out += _leave_out(returned, match.nodes)
         captured.heads.append(module_of(match.linear))
         _replace(match)
-    module.graph.eliminate_dead_code()
     module.recompile()
     return module, inputs
 
@@ -186,7 +185,9 @@ def _replace(match: _Match) -> None:
         new = graph.call_function(head_cross_entropy, arguments)
     new.meta = {**loss.meta, **{key: linear.meta[key] for key in ("nn_module_stack",) if key in linear.meta}}
     loss.replace_all_uses_with(new)
-    graph.erase_node(loss)
+    for node in (loss, *match.nodes):
+        if not node.users:  # and nothing else: what changes its arguments in place has no users either
+            graph.erase_node(node)
 
 
 def _leading(view: fx.Node) -> tuple[Any, ...]:

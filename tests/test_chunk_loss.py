@@ -72,9 +72,10 @@ def gradients(model: nn.Module, **inputs: Any) -> tuple[Tensor, dict[str, Tensor
 def assert_close(found: tuple[Tensor, dict], expected: tuple[Tensor, dict], tolerance: float = 2e-6) -> None:
     torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=tolerance)
     assert found[1].keys() == expected[1].keys()
+    whole = sum(float(gradient.square().sum()) for gradient in expected[1].values()) ** 0.5
     for name, exact in expected[1].items():
-        error = (found[1][name] - exact).norm() / exact.norm()
-        assert error < tolerance or not exact.norm() and not found[1][name].norm(), (name, float(error))
+        error = (found[1][name] - exact).norm()
+        assert error <= tolerance * max(float(exact.norm()), 1e-4 * whole), (name, float(error / exact.norm()))
 
 
 def in_parts(model: nn.Module) -> bool:
@@ -93,7 +94,9 @@ def in_parts(model: nn.Module) -> bool:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_operators_are_cross_entropy(reduction):
     torch.manual_seed(0)
-    for smoothing, weighted, cap, biased, ignored in itertools.product((0.0, 0.1), (0, 1), (0.0, 3.0), (0, 1), (0, 1, 2)):
+    for smoothing, weighted, cap, biased, ignored in itertools.product(
+        (0.0, 0.1), (0, 1), (0.0, 3.0), (0, 1), (0, 1, 2)
+    ):
         x = torch.randn(3, 37, WIDTH, requires_grad=True)
         weight = (torch.randn(WORDS, WIDTH) * 0.3).requires_grad_()
         bias = torch.randn(WORDS, requires_grad=True) if biased else None
@@ -259,7 +262,7 @@ def test_a_backward_uses_the_gates_of_its_forward():
     for closed in ((), ("head.weight",)):
         close(slim, *closed)
         losses.append(slim(IDS, IDS))
-    sum(losses).backward()
+    (0.5 * sum(losses)).backward()  # as in `gradients`
     for name, parameter in slim.named_parameters():
         times = 1 if name == "head.weight" else 2
         torch.testing.assert_close(parameter.grad, times * exact[name], rtol=1e-4, atol=1e-7)
@@ -376,7 +379,24 @@ def batch(length: int = 37) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-@pytest.mark.parametrize("make", [llama, lambda: llama(tied=True), gemma, bert, t5], ids="llama tied gemma bert t5".split())
+def test_what_changes_in_place_stays():
+    """Such an operator has no readers in Dynamo's graph: T5 replaces ignored labels so, for its decoder."""
+
+    class Replacing(Language):
+        def forward(self, ids, labels=None):
+            ids = ids + 0
+            ids.masked_fill_(ids > 100, 7)
+            return super().forward(ids, labels)
+
+    model = Replacing()
+    slim = transformed(model, freeze_rate=0)
+    assert_close(gradients(slim), gradients(model))
+    assert in_parts(slim)
+
+
+@pytest.mark.parametrize(
+    "make", [llama, lambda: llama(tied=True), gemma, bert, t5], ids="llama tied gemma bert t5".split()
+)
 def test_models_of_transformers(make):
     torch.manual_seed(0)
     model = make()
@@ -388,15 +408,14 @@ def test_models_of_transformers(make):
 
 @pytest.mark.parametrize("mode", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 def test_lengths_that_change(mode):
-    model = llama()
-    slim = transformed(model, mode=mode, freeze_rate=0, outputs="loss")
-    for length in (37, 41, 53):
-        if length == 53:
-            with no_recompile():
-                found = gradients(slim, **batch(length))
-        else:
-            found = gradients(slim, **batch(length))
-        assert_close(found, gradients(model, **batch(length)), 2e-5)
+    model = Language(pad=True, tied=True)
+    slim = transformed(model, mode=mode, freeze_rate=0)
+    gradients(slim, ids=IDS[:, :21], labels=IDS[:, :21])
+    gradients(slim, ids=IDS[:, :26], labels=IDS[:, :26])
+    with no_recompile():
+        for length in (31, 37):
+            inputs = {"ids": IDS[:, :length], "labels": IDS[:, :length]}
+            assert_close(gradients(slim, **inputs), gradients(model, **inputs))
     assert in_parts(slim)
 
 
