@@ -201,12 +201,11 @@ def _insert_head_gradient(
     rows = match.activation
     arguments = (kept.get(rows, rows), *old.args[1:-2], gates, match.gate)
     new = joint.insert(ops.head_gradients.default, arguments, before=old, origin=old)
-    for part in list(old.users):
-        made = joint.insert(operator.getitem, (new, part.args[1]), before=next_of(old), origin=part)
-        if part is match.part:
-            result = made
-        else:
-            part.replace_all_uses_with(made)
+    result = joint.insert(operator.getitem, (new, 0), before=next_of(old), origin=match.part)
+    for part in set(old.users) - {match.part}:
+        part.replace_all_uses_with(
+            joint.insert(operator.getitem, (new, part.args[1]), before=next_of(old), origin=part)
+        )
     if match.rest is None:
         return result
     (total,) = match.part.users

@@ -88,23 +88,19 @@ def head_and_loss(x, w, labels):
 
 @pytest.mark.parametrize("only_loss", [False, True])
 def test_chunk_loss(only_loss):
+    inputs = {"x": X[:, :20], "w": W.t()[:, :20].contiguous(), "labels": torch.arange(7)}
     graphs = []
-    labels = torch.arange(7)
-    torch.compile(head_and_loss, backend=lambda module, inputs: graphs.append(module) or module)(
-        X[:, :20], W.t()[:, :20], labels
-    )
+    torch.compile(head_and_loss, backend=lambda module, _: graphs.append(module) or module)(**inputs)
     (graph,) = graphs
     captured = Captured(gates=0, only_loss=only_loss)
     found, _ = chunk_loss(fx.GraphModule(graph, copy.deepcopy(graph.graph)), [], captured)
-    functions = {node.target for node in found.graph.find_nodes(op="call_function", target=head_cross_entropy)}
-    assert bool(functions) == only_loss
-    assert (captured.left_out, captured.heads, captured.whole_heads) == (
-        ([1], [""], []) if only_loss else ([], [], [""])
-    )
-    outputs = found(*[{(7, 20): X[:, :20], (100, 20): W.t()[:, :20], (7,): labels}[tuple(node.meta["example_value"].shape)]
-                      for node in found.graph.find_nodes(op="placeholder")])  # fmt: skip
+    assert len(found.graph.find_nodes(op="call_function", target=head_cross_entropy)) == only_loss
+    expected = ([1], [""], []) if only_loss else ([], [], [""])
+    assert (captured.left_out, captured.heads, captured.whole_heads) == expected
+    by_shape = {value.shape: value for value in inputs.values()}
+    outputs = found(*[by_shape[x.meta["example_value"].shape] for x in found.graph.find_nodes(op="placeholder")])
     assert len(outputs) == 1 + (not only_loss)
-    torch.testing.assert_close(outputs[0], head_and_loss(X[:, :20], W.t()[:, :20], labels)[0])
+    torch.testing.assert_close(outputs[0], head_and_loss(**inputs)[0])
 
 
 def joint_graph() -> JointGraph:
