@@ -5,4 +5,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh "text,vision,test,dev${EXTRAS:+,$EXTRAS}"
-exec .venv-test/bin/python -m pytest --numprocesses 2 "$@"
+# half of the tests each, in order, and then of what is left: tests that share a fixture, or a compilation, meet in one process
+exec .venv-test/bin/python -m pytest --numprocesses 2 --dist worksteal "$@"

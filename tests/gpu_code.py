@@ -16,7 +16,6 @@ from benchmarks.gpu_model import guard
 
 ROOT = Path(__file__).parent.parent
 REASON = guard.reason_against()
-# without xdist's `loadgroup` two workers may want the same facts: the second waits for the first
 marks = [pytest.mark.gpu_codegen, pytest.mark.skipif(bool(REASON), reason=REASON)]
 
 

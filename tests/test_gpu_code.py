@@ -24,7 +24,7 @@ CEILINGS: dict[tuple[str, str], tuple[float, float, float, float]] = {
 }
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(scope="module", params=MODELS)  # so tests of one model run one after the other
 def found(request, tmp_path_factory) -> dict[str, Any]:
     """By method and kind of regions."""
     rows = gpu_code.facts(gpu_code.shared(tmp_path_factory), "check", request.param)
@@ -107,6 +107,11 @@ def test_so_do_layers_whose_readers_codecs_change(tmp_path_factory):
 def test_a_derivative_is_encoded_in_the_kernel_that_computes_it(tmp_path_factory):
     (count,) = gpu_code.facts(gpu_code.shared(tmp_path_factory), "check", "derivative")
     assert count == {"torch.float32": 1, "torch.bfloat16": 1}
+
+
+def test_joined_kernels_decode_few_layers_at_once(tmp_path_factory):
+    (found,) = gpu_code.facts(gpu_code.shared(tmp_path_factory), "check", "deep")
+    assert found["joined"] < 1.01 * found["single"]
 
 
 def test_a_written_out_softmax_is_recomputed(tmp_path_factory):

@@ -13,7 +13,7 @@ from . import guard
 RESULT = Path(__file__).parent.parent / "results" / "gpu-simulated.json"
 
 
-_ONE = ("padded", "stochastic", "derivative")  # subjects of one object
+_ONE = ("padded", "stochastic", "derivative", "deep")  # subjects of one object
 _MANY = ("layers", "eager_attention")
 
 

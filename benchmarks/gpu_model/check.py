@@ -28,6 +28,7 @@ from .simulate import simulate
 
 BATCH = 8
 REGIONS = ("model", "blocks")
+_DEEP = 4  # layers
 _LARGE = 16 << 10  # bytes: an activation of a small model has more, a statistic less
 _STORED_AS_THEY_ARE = frozenset({"statistics", "logits", "indices", EXACT})  # whatever the preset
 
@@ -137,6 +138,16 @@ def eager_attention() -> Iterator[dict[str, Any]]:
     for bf16 in (False, True):
         (pair,) = generate.slim(*model.build(BATCH), bf16=bf16, preset="balanced").pairs
         yield {"bf16": bf16, "forms": [row.form for row in _saved(pair) if row.role == "softmax output"]}
+
+
+def deep() -> dict[str, float]:
+    """The peak of a deep model, with kernels that are joined as they are and with none that are."""
+    options: dict[str, dict[str, Any]] = {"joined": {}, "single": {"combo_kernels": False}}
+    made = {
+        name: generate.slim(*SMALL["bert"].build(BATCH, _DEEP), preset="balanced", compile_options=given)
+        for name, given in options.items()
+    }
+    return {name: simulate(found.pairs[0], FREEZE_RATE).peak for name, found in made.items()}
 
 
 def padded() -> dict[str, bool]:

@@ -22,14 +22,16 @@ _NO_CUDA_GRAPHS = (
 )
 
 # What a GPU gets if the user says nothing else. Codecs come in threes and fours (query, key, value), and the gradients
-# of biases and norms end in kernels of 2 microseconds: Inductor can join kernels that do not depend on each other.
-_ON_GPU = {"combo_kernels": True}
+# of biases and norms end in kernels of 2 microseconds: Inductor can join kernels that do not depend on each other. What is
+# decoded depends on nothing in the backward, so only near ones may be joined: else several layers are decoded at once.
+_ON_GPU = {"combo_kernels": True, "combo_kernel_max_distance": 24}
 
 
 def compile_options_for(inputs: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a graph with these example inputs is compiled with; `options` are the user's."""
     on_gpu = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in inputs)
-    return {**(_ON_GPU if on_gpu else {}), **options}
+    ours = {name: value for name, value in _ON_GPU.items() if hasattr(inductor_config, name)}  # the second: torch 2.13
+    return {**(ours if on_gpu else {}), **options}
 
 
 def check_compile_options(options: Mapping[str, Any]) -> None:
