@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from slimfit_fx.graph.captured import Captured
 from slimfit_fx.torch_internals import ConstantSource, FakeTensorMode, TracingContext, detect_fake_mode
 
 # What Dynamo hangs on a graph and its inputs from outside, and AOTAutograd looks for.
@@ -16,8 +17,9 @@ _MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "compil
 _SOURCE = "_dynamo_source"
 
 
-def expose_gates(module: fx.GraphModule, inputs: Sequence[Any], count: int) -> tuple[fx.GraphModule, list[Any]]:
-    """A copy of Dynamo's graph and its example inputs with one more input, the last: `count` gates, bool [count].
+def expose_gates(module: fx.GraphModule, inputs: Sequence[Any], captured: Captured) -> tuple[fx.GraphModule, list[Any]]:
+    """A copy of Dynamo's graph and its example inputs with one more input, the last: the gates, bool
+    [captured.gates].
 
     Nothing reads it yet; `gate_dynamic` does. The copy is needed because Dynamo goes on using the graph that it
     handed over. AOTAutograd wants to know the source of every input: a constant one makes no guard. The example is a
@@ -34,7 +36,7 @@ def expose_gates(module: fx.GraphModule, inputs: Sequence[Any], count: int) -> t
         if hasattr(old, _SOURCE):
             setattr(new, _SOURCE, getattr(old, _SOURCE))
 
-    fake_gates = _fake(count, inputs)
+    fake_gates = _fake(captured.gates, inputs)
     first = next(iter(copied.graph.nodes))
     with copied.graph.inserting_after(placeholders[-1]) if placeholders else copied.graph.inserting_before(first):
         gates = copied.graph.placeholder("slimfit_gates")

@@ -11,18 +11,22 @@ without bias, under autocast, with dynamic shapes. It becomes
 
 where one `kept` serves all layers that x feeds. If the backward reads x for another reason (attention's backward reads
 its own output), then x is static, and the product reads it directly. An embedding's gradient, rows summed by index, is
-skipped in the same way. The gradients of everything else (convolutions, norms, tied weights) are computed, and dropped
-when their gate is closed.
+skipped in the same way, and so is that of a head whose loss is computed in parts, tied to the embedding or not. The
+gradients of everything else (convolutions, norms, other tied weights) are computed, and dropped when their gate is
+closed.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
+from slimfit_fx.analysis.head_gradient import HeadGradient, match_head
 from slimfit_fx.graph.gate_ops import ops
 from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.graph.nodes import CONVERSIONS, aten, base_of, dependent_on_gradients, hint, next_of, readers
@@ -50,6 +54,14 @@ class _LinearGradient:
     dtype: torch.dtype
 
 
+class _Reading(NamedTuple):
+    """A product that reads `rows`, [n, ...], only if its gate is open."""
+
+    product: fx.Node
+    rows: fx.Node
+    gate: int
+
+
 def gate_dynamic(joint: JointGraph, plan: Plan) -> None:
     """Makes weight gradients and the activations that only they need conditional, and notes in the plan what became of
     each gated gradient, in the order of the inputs."""
@@ -57,12 +69,15 @@ def gate_dynamic(joint: JointGraph, plan: Plan) -> None:
     gate_of = {position: gate for gate, position in enumerate(joint.gated) if position in gradients}
     gates = joint.gates
     backward = dependent_on_gradients(joint.graph)
-    linear = {}
+    linear, heads = {}, {}
     for position, gate in gate_of.items():
-        match = _match(position, gate, gradients[position], backward)
-        if match is not None:
+        if (match := _match(position, gate, gradients[position], backward)) is not None:
             linear[position] = match
-    kept = _keep_activations(joint, gates, list(linear.values()), backward)
+        elif (head := match_head(gradients[position], gate)) is not None:
+            heads[position] = head
+    readings = [_Reading(match.product, _rows(match), match.gate) for match in linear.values()]
+    readings += [_Reading(head.product, head.activation, head.gate) for head in heads.values() if not head.has_bias]
+    kept = _keep_activations(joint, gates, readings, backward)
 
     for position, gate in gate_of.items():
         gradient, conditional = gradients[position], True
@@ -70,6 +85,8 @@ def gate_dynamic(joint: JointGraph, plan: Plan) -> None:
             new = _insert_weight_gradient(joint, gates, linear[position], kept)
         elif (total := _embedding_sum(gradient)) is not None:
             new = _insert_embedding_gradient(joint, gates, gate, total, gradient.meta["val"].dtype)
+        elif position in heads:
+            new = _insert_head_gradient(joint, gates, heads[position], kept)
         else:
             new, conditional = _insert_pass_gradient(joint, gates, gate, gradient), False
         plan.gradients.append(GatedGradient(joint.set_gradient(position, new), gate, conditional))
@@ -110,14 +127,14 @@ def _match(position: int, gate: int, gradient: fx.Node, backward: set[fx.Node]) 
 def _keep_activations(
     joint: JointGraph,
     gates: fx.Node,
-    matches: list[_LinearGradient],
+    readings: list[_Reading],
     backward: set[fx.Node],
 ) -> dict[fx.Node, fx.Node]:
     """Inserts one `save_if_open` for every activation that only matched products read in the backward."""
-    products = {match.product for match in matches}
+    products = {reading.product for reading in readings}
     gates_of: dict[fx.Node, set[int]] = {}
-    for match in matches:
-        gates_of.setdefault(_rows(match), set()).add(match.gate)
+    for reading in readings:
+        gates_of.setdefault(reading.rows, set()).add(reading.gate)
 
     kept = {}
     results = set(joint.outputs)
@@ -174,6 +191,28 @@ def _insert_embedding_gradient(
     count = zeros.args[0][0]  # type: ignore[union-attr, index]
     arguments = (rows, indices, mask, count, gates, gate, dtype)
     return joint.insert(ops.embedding_gradient.default, arguments, before=total, origin=total)
+
+
+def _insert_head_gradient(
+    joint: JointGraph, gates: fx.Node, match: HeadGradient, kept: Mapping[fx.Node, fx.Node]
+) -> fx.Node:
+    """Gives the operator the gate; its other result, of the bias, is computed whatever that says."""
+    old = match.product
+    rows = match.activation
+    arguments = (kept.get(rows, rows), *old.args[1:-2], gates, match.gate)
+    new = joint.insert(ops.head_gradients.default, arguments, before=old, origin=old)
+    result = joint.insert(operator.getitem, (new, 0), before=next_of(old), origin=match.part)
+    for part in set(old.users) - {match.part}:
+        part.replace_all_uses_with(
+            joint.insert(operator.getitem, (new, part.args[1]), before=next_of(old), origin=part)
+        )
+    if match.rest is None:
+        return result
+    (total,) = match.part.users
+    rest, dtype = match.rest, match.rest.meta["val"].dtype
+    if (rows_by_index := _embedding_sum(rest)) is not None:
+        rest = _insert_embedding_gradient(joint, gates, match.gate, rows_by_index, dtype)
+    return joint.insert(ops.sum_if_open.default, (result, rest, gates, match.gate), before=total, origin=total)
 
 
 def _insert_pass_gradient(joint: JointGraph, gates: fx.Node, gate: int, gradient: fx.Node) -> fx.Node:

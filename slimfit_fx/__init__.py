@@ -16,6 +16,7 @@ from .errors import BackendError as BackendError
 from .errors import BackwardError as BackwardError
 from .errors import ConfigError as ConfigError
 from .errors import ModelError as ModelError
+from .errors import OutputError as OutputError
 from .errors import SlimFitError as SlimFitError
 from .errors import SlimFitWarning as SlimFitWarning
 from .errors import StateError as StateError

@@ -18,6 +18,7 @@ from .config_options import (
     ConfigOptions,
     Granularity,
     Mode,
+    Outputs,
     PolicyName,
     PresetName,
     RateSchedule,
@@ -32,6 +33,7 @@ RATE_SCHEDULES: tuple[RateSchedule, ...] = get_args(RateSchedule)
 CLOSED_STATES: tuple[ClosedState, ...] = get_args(ClosedState)
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 MODES: tuple[Mode, ...] = get_args(Mode)
+OUTPUTS: tuple[Outputs, ...] = get_args(Outputs)
 REGIONS: tuple[Regions, ...] = get_args(Regions)
 
 
@@ -74,6 +76,8 @@ class Config:
         regions: what one graph covers: the whole `"model"`, or its `"blocks"`: repeated blocks are compiled once,
             whatever the depth, and everything else module by module (regional compilation). What the model's own
             forward computes between modules, such as the loss, then runs operator by operator, and stays exact.
+        outputs: what a training call returns: `"all"`, or with `"loss"` no logits that only the caller would read where
+            the loss is made in parts without them. Using them raises `OutputError`; eval mode returns them.
         mode: `"inductor"` generates code; `"eager"` runs the rewritten graphs operator by operator (compiles in
             seconds, for tests and debugging).
         compile_options: Inductor's own, by their names in `torch._inductor.config`, such as `{"max_autotune": True}`:
@@ -100,6 +104,7 @@ class Config:
     always_open: Sequence[str] | str | None = None
     never_gate: Sequence[str] | str = ()
     regions: Regions = "model"
+    outputs: Outputs = "all"
     mode: Mode = "inductor"
     compile_options: Mapping[str, Any] = field(default_factory=dict)
     disable_passes: Sequence[str] | str = ()
@@ -112,6 +117,11 @@ class Config:
         choose("granularity", self.granularity, GRANULARITIES)
         choose("mode", self.mode, MODES)
         choose("regions", self.regions, REGIONS)
+        choose("outputs", self.outputs, OUTPUTS)
+        if self.outputs == "loss" and self.regions == "blocks":
+            raise ConfigError(
+                'outputs="loss" needs head and loss in one graph, and regions="blocks" leaves the loss out of all'
+            )
         object.__setattr__(self, "compile_options", _compile_options(self.compile_options, self.mode))
         choose("rate_schedule", self.rate_schedule, RATE_SCHEDULES)
         choose("closed_state", self.closed_state, CLOSED_STATES)

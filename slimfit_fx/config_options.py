@@ -14,6 +14,7 @@ RateSchedule: TypeAlias = Literal["constant", "linear", "cosine"]
 ClosedState: TypeAlias = Literal["device", "host", "none"]
 Granularity: TypeAlias = Literal["parameter", "module", "block"]
 Regions: TypeAlias = Literal["model", "blocks"]
+Outputs: TypeAlias = Literal["all", "loss"]
 Mode: TypeAlias = Literal["inductor", "eager"]
 
 
@@ -37,6 +38,7 @@ class ConfigOptions(TypedDict, total=False):
     always_open: Sequence[str] | str | None
     never_gate: Sequence[str] | str
     regions: Regions
+    outputs: Outputs
     mode: Mode
     compile_options: Mapping[str, Any]
     disable_passes: Sequence[str] | str

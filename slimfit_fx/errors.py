@@ -30,6 +30,10 @@ class BackwardError(SlimFitError, RuntimeError):
     """The backward pass was asked for something that a rewritten graph does not support."""
 
 
+class OutputError(SlimFitError, AttributeError):
+    """An output was used that `outputs="loss"` leaves out. It is an AttributeError, so `hasattr` returns False."""
+
+
 class VersionError(SlimFitError, ImportError):
     """The installed torch is too old, or lacks a private name that the library builds on."""
 

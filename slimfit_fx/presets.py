@@ -76,7 +76,7 @@ PRESETS: dict[PresetName, Preset] = {
 
 
 # An error in these is an error in everything that they scale, choose or measure.
-_PRECISE = frozenset({"statistics", "logits", "indices", EXACT, MASK})
+_PRECISE = frozenset({"statistics", "logits", "loss gradient", "indices", EXACT, MASK})
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ ROLES = {
     "convolution input": "of a convolution",
     "dropout mask": "and other booleans, such as ReLU's sign",
     "logits": "what the loss reads",
+    "loss gradient": "of each token's loss by the input of a head that is computed in parts with its loss",
     "indices": "of an embedding, and other integers",
     "statistics": "one number a row or a channel: reciprocal standard deviations, log-sum-exps",
     EXACT: "read where small errors do not stay small: a denominator, an argument of a logarithm, a root, a comparison",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hand_built import planned, split_graph, targets, tracing
 from slimfit_fx.passes.choose_codecs import choose_codecs
+from slimfit_fx.passes.chunk_loss import chunk_loss
 from slimfit_fx.passes.compress import compress
 from slimfit_fx.passes.expose_gates import expose_gates
 from slimfit_fx.passes.gate_dynamic import gate_dynamic
@@ -22,6 +25,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from slimfit_fx.codecs import Derivative, FixedPoint, Quantize, Recompute, TopK, WhenFrozen
 from slimfit_fx.compiler import pipeline
+from slimfit_fx.graph.captured import Captured
+from slimfit_fx.graph.head_ops import head_cross_entropy
 from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.graph.nodes import keep_of
 from slimfit_fx.graph.plan import Plan
@@ -69,11 +74,33 @@ def expected() -> torch.Tensor:
 
 def test_expose_gates():
     captured = fx.symbolic_trace(torch.nn.Identity())
-    exposed, inputs = expose_gates(captured, [X], 3)
+    exposed, inputs = expose_gates(captured, [X], Captured(gates=3))
     names = [node.name for node in exposed.graph.find_nodes(op="placeholder")]
     assert (names[-1], len(names), len(inputs)) == ("slimfit_gates", 2, 2)
     assert (inputs[-1].shape, inputs[-1].dtype) == ((3,), torch.bool)
     assert len(captured.graph.find_nodes(op="placeholder")) == 1  # Dynamo goes on using its own
+
+
+def head_and_loss(x, w, labels):
+    logits = torch.nn.functional.linear(x, w)
+    return torch.nn.functional.cross_entropy(logits.float().view(-1, 100), labels), logits
+
+
+@pytest.mark.parametrize("only_loss", [False, True])
+def test_chunk_loss(only_loss):
+    inputs = {"x": X[:, :20], "w": W.t()[:, :20].contiguous(), "labels": torch.arange(7)}
+    graphs = []
+    torch.compile(head_and_loss, backend=lambda module, _: graphs.append(module) or module)(**inputs)
+    (graph,) = graphs
+    captured = Captured(gates=0, only_loss=only_loss)
+    found, _ = chunk_loss(fx.GraphModule(graph, copy.deepcopy(graph.graph)), [], captured)
+    assert len(found.graph.find_nodes(op="call_function", target=head_cross_entropy)) == only_loss
+    expected = ([1], [""], []) if only_loss else ([], [], [""])
+    assert (captured.left_out, captured.heads, captured.whole_heads) == expected
+    by_shape = {value.shape: value for value in inputs.values()}
+    outputs = found(*[by_shape[x.meta["example_value"].shape] for x in found.graph.find_nodes(op="placeholder")])
+    assert len(outputs) == 1 + (not only_loss)
+    torch.testing.assert_close(outputs[0], head_and_loss(**inputs)[0])
 
 
 def joint_graph() -> JointGraph:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
+from slimfit_fx.graph.gate_ops import ops
 from slimfit_fx.graph.nodes import COPIES, SPLITS, VIEWS, aten, base_of, hint, is_pointwise, keep_of, readers
-from slimfit_fx.roles import BORROWED
+from slimfit_fx.roles import BORROWED, EXACT
 
 from .conditioning import operator_of
 
@@ -67,11 +68,15 @@ def find_role(produced: fx.Node, taken: fx.Node) -> str:
     if base.op == "placeholder":
         return BORROWED
     if (kept := keep_of(produced)) is not None:
-        return _linear_role(kept)
+        # logits are computed of it again, and an error in them goes through an exponential
+        of_head = any(reader.target is ops.head_gradients.default for reader in readers(taken))
+        return EXACT if of_head else _linear_role(kept)
     if value.dtype is torch.bool:
         return "dropout mask"
     if not value.is_floating_point():
         return "indices"
+    if _is_loss_gradient(base):
+        return "loss gradient"
     if _is_statistic(base):
         return "statistics"
     if _are_scores(base):
@@ -196,6 +201,12 @@ def leads_to(base: fx.Node, found: Callable[[fx.Node], bool], by_way_of: Callabl
             if by_way_of(node):
                 pending.append(node)
     return False
+
+
+def _is_loss_gradient(base: fx.Node) -> bool:
+    if base.target is not operator.getitem:
+        return False
+    return base.args[0].target is ops.token_losses.default and base.args[1] == 2  # type: ignore[union-attr]
 
 
 def _is_statistic(node: fx.Node) -> bool:

@@ -19,6 +19,7 @@ from slimfit_fx.torch_internals import (
     select_decomp_table,
 )
 
+from .absent_output import with_absent
 from .capture import Capture
 from .compile_options import check_no_cuda_graphs, compile_options_for
 from .dynamo import may_run_eagerly, steers_dynamo
@@ -38,6 +39,7 @@ def compile_capture(
     mode: str,
     disabled: Collection[str] = (),
     options: Mapping[str, Any] | None = None,
+    only_loss: bool = False,
     generate: Callable[..., Any] = compile_fx_inner,
 ) -> Callable[..., Any]:
     """Compiles a graph from Dynamo; the result takes the graph's inputs and, behind them, its gates.
@@ -52,6 +54,7 @@ def compile_capture(
         mode: `"inductor"` or `"eager"`.
         disabled: names of optional passes that do not run.
         options: Inductor's own.
+        only_loss: whether logits may be left out of what the graph returns.
         generate: makes a callable of one graph of the pair, by Inductor.
 
     Raises:
@@ -59,7 +62,7 @@ def compile_capture(
         ConfigError: CUDA graphs are switched on.
         Exception: torch's own, for a graph that AOTAutograd cannot trace for any backend.
     """
-    passes = PassRun(capture, rules, disabled)
+    passes = PassRun(capture, rules, disabled, only_loss)
     try:
         exposed, example_inputs = passes.on_captured(module, inputs)
         capture.retainable = mode == "eager" or not functorch_config.donated_buffer
@@ -69,7 +72,8 @@ def compile_capture(
         # AOTAutograd's own cache would skip the passes, and with them plan and report. Inductor's cache of generated
         # code stays on: its key is the rewritten graph itself.
         with functorch_config.patch(enable_autograd_cache=False, donated_buffer=not capture.retainable):
-            return compiler(exposed, example_inputs, _Partitioner(passes, mode))
+            compiled = compiler(exposed, example_inputs, _Partitioner(passes, mode))
+        return with_absent(compiled, passes.captured.left_out)
     except SlimFitError:
         raise
     except Exception as error:

@@ -22,8 +22,8 @@ _NO_CUDA_GRAPHS = (
 )
 
 # What a GPU gets if the user says nothing else. Codecs come in threes and fours (query, key, value), and the gradients
-# of biases and norms end in kernels of 2 microseconds: Inductor can join kernels that do not depend on each other. What is
-# decoded depends on nothing in the backward, so only near ones may be joined: else several layers are decoded at once.
+# of biases and norms end in kernels of 2 microseconds: Inductor can join kernels that do not depend on each other. Only
+# near ones: decoding depends on nothing in the backward, and several layers would be decoded at once.
 _ON_GPU = {"combo_kernels": True, "combo_kernel_max_distance": 24}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from slimfit_fx.graph.captured import Captured
 from slimfit_fx.graph.joint import JointGraph
 from slimfit_fx.graph.plan import Plan
 from slimfit_fx.graph.split import SplitGraph
@@ -21,12 +22,16 @@ class PassRun:
     """From Dynamo's graph to the split graph and its plan, which the capture gets at the end.
 
     Attributes:
+        captured: what the passes on Dynamo's graph found.
         current: the name of the pass that runs, or that failed; `""` between passes.
         traced: whether AOTAutograd could trace the joint graph.
     """
 
-    def __init__(self, capture: Capture, rules: CodecRules, disabled: Collection[str] = ()) -> None:
+    def __init__(
+        self, capture: Capture, rules: CodecRules, disabled: Collection[str] = (), only_loss: bool = False
+    ) -> None:
         self.capture = capture
+        self.captured = Captured(len(capture.gated), only_loss)
         self.current = ""
         self.traced = False
         self._disabled = disabled
@@ -43,7 +48,7 @@ class PassRun:
         """The graph from Dynamo, and its example inputs, with what AOTAutograd shall trace in it."""
         self._graphs = {"captured": module}
         for entry in enabled("captured", self._disabled):
-            module, inputs = self._run(entry, module, inputs, len(self.capture.gated))
+            module, inputs = self._run(entry, module, inputs, self.captured)
         return module, inputs
 
     def on_joint(
@@ -51,7 +56,7 @@ class PassRun:
     ) -> SplitGraph:
         """The pair that a joint graph of AOTAutograd's becomes. The arguments are those of any partitioner."""
         self.traced = True
-        plan = self._plan = Plan(rules=self._rules)
+        plan = self._plan = Plan(rules=self._rules, heads=self.captured.heads, whole_heads=self.captured.whole_heads)
         joint = JointGraph.copy_of(gm, num_fwd_outputs, self.capture.gated, self.capture.activations)
         self._graphs = {"joint": joint.module}
         for entry in enabled("joint", self._disabled):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from slimfit_fx.errors import ConfigError, choose
 from slimfit_fx.passes import __path__ as passes_path
 from slimfit_fx.passes.choose_codecs import choose_codecs
+from slimfit_fx.passes.chunk_loss import chunk_loss
 from slimfit_fx.passes.compress import compress
 from slimfit_fx.passes.expose_gates import expose_gates
 from slimfit_fx.passes.gate_dynamic import gate_dynamic
@@ -39,8 +40,8 @@ class Pass:
 
     Attributes:
         function: what it does, in place. Its name is the pass's, the first sentence of its docstring the summary.
-        on: what the function takes. `"captured"`: Dynamo's graph, its example inputs and the number of gates; it
-            returns a graph and inputs. `"joint"`: (JointGraph, Plan). `"cut"`: the JointGraph and what AOTAutograd
+        on: what the function takes. `"captured"`: Dynamo's graph, its example inputs and a `Captured`; it returns
+            a graph and inputs. `"joint"`: (JointGraph, Plan). `"cut"`: the JointGraph and what AOTAutograd
             hands to a partitioner; it returns the SplitGraph. `"split"`: (SplitGraph, Plan).
         optional: whether `Config.disable_passes` may name it: gradients stay right without it.
     """
@@ -62,6 +63,7 @@ class Pass:
 
 PIPELINE: list[Pass] = [
     Pass(expose_gates, "captured"),
+    Pass(chunk_loss, "captured", optional=True),
     # AOTAutograd traces the joint graph here
     Pass(gate_dynamic, "joint"),
     Pass(partition, "cut"),

@@ -139,6 +139,17 @@ def _(gradient: Tensor, gates: Tensor, gate: int) -> Tensor:
     return gradient.new_empty((_unknown_size(), *gradient.shape[1:]))
 
 
+@_define("sum_if_open(Tensor a, Tensor b, Tensor gates, int gate) -> Tensor")
+def sum_if_open(a: Tensor, b: Tensor, gates: Tensor, gate: int) -> Tensor:
+    """a + b, [n, ...], if `gate` is open, else [0, ...]: a closed gate may have left either without rows."""
+    return a + b if _flags(gates)[gate] else a.new_empty((0, *a.shape[1:]))
+
+
+@_fake("sum_if_open")
+def _(a: Tensor, b: Tensor, gates: Tensor, gate: int) -> Tensor:
+    return a.new_empty((_unknown_size(), *a.shape[1:]))
+
+
 @_define("separate(Tensor values) -> Tensor[]")
 def separate(values: Tensor) -> list[Tensor]:
     """The elements of values [n] as n tensors [] with storages of their own."""

@@ -108,6 +108,8 @@ class Plan:
         saved: in the order in which they are handed over.
         gradients: of the gated parameters, in the order of the inputs.
         rules: which codec the configuration wants for a tensor, by role and module.
+        heads: paths of the modules whose linear head and loss are computed in parts.
+        whole_heads: the same of those that are not, because their logits are returned.
 
     Gates are numbered as in the graph, one for each gated input; `in_model` numbers them as in the model's gate table.
     """
@@ -115,6 +117,8 @@ class Plan:
     saved: list[SavedTensor] = field(default_factory=list)
     gradients: list[GatedGradient] = field(default_factory=list)
     rules: CodecRules = field(default_factory=lambda: CodecRules("exact", {}))
+    heads: list[str] = field(default_factory=list)
+    whole_heads: list[str] = field(default_factory=list)
 
     def find(self, name: str) -> SavedTensor | None:
         """The tensor that both graphs call `name`; None for an input that a pass added to what is saved."""
@@ -137,6 +141,8 @@ class Plan:
         return Plan(
             [place(tensor) for tensor in self.saved],
             [replace(gradient, gate=layer) for gradient, layer in gated if layer is not None],
+            heads=[joined(path, head) for head in self.heads],
+            whole_heads=[joined(path, head) for head in self.whole_heads],
         )
 
     @property
@@ -155,4 +161,6 @@ def merge_plans(plans: Iterable[Plan]) -> Plan:
     return Plan(
         [tensor for plan in plans for tensor in plan.saved],
         [gradient for plan in plans for gradient in plan.gradients],
+        heads=[head for plan in plans for head in plan.heads],
+        whole_heads=[head for plan in plans for head in plan.whole_heads],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ from slimfit_fx.runtime.module_calls import compile_calls
 
 from .comparison import Comparison, forward_rounding_of, rounding_of
 from .plain import compile_plain
-from .runs import Watched, run
+from .runs import Watched
+from .runs import run as run_once
 from .sample import plain_calls
 from .verification import Verification
 
@@ -21,6 +23,7 @@ from .verification import Verification
 def compare(model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None, options: Config) -> Verification:
     """What `verify` says of a plain model under `options`, which open all gates."""
     session = Watched(model, options)
+    run = functools.partial(run_once, only_loss=options.outputs == "loss")
     regions = find_regions(model, options)
     try:
         with plain_calls(model):
@@ -40,7 +43,7 @@ def compare(model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None, 
     comparison = Comparison(
         options.preset,
         rounding_of(model),
-        forward_rounding_of(model),
+        forward_rounding_of(model, in_parts=bool(opened.plan.heads)),
         session.layers,
         closed,
         eager,

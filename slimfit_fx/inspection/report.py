@@ -140,10 +140,15 @@ class Report:
         for text, names in (
             ("Always open", always),
             ("Computed, then dropped when closed", dropped),
+            ("Head and loss in parts, no logits saved", self.plan.heads),
             ("Outside of the graphs, where nothing is compressed", self.outside),
         ):
             if names:
                 notes.append(Note(text, names))
+        if self.plan.whole_heads:
+            logits = sum(row["bytes_now"] for row in self.rows if row["role"] == "logits")
+            text = f'The model returns its logits: transform(model, outputs="loss") would save {size_text(logits)}'
+            notes.append(Note(text, self.plan.whole_heads))
         near, far = self.optimizer_bytes
         if near or far:
             host = f", {size_text(far)} on the host" if far else ""

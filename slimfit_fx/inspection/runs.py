@@ -25,7 +25,7 @@ class Run:
     """What one forward and backward gave; tensors are on the CPU.
 
     Attributes:
-        outputs: the tensors that the model returned, and the loss.
+        outputs: the tensors that the model returned, if wanted, and the loss.
         gradients: by parameter name, without those that are None.
         saved: bytes handed to the backward, by autograd's own nodes.
         random: whether random numbers were drawn.
@@ -53,8 +53,19 @@ class Watched(Session):
         return super()._run(capture, compiled, delimits, *arguments)
 
 
-def run(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None, session: Watched | None = None) -> Run:
-    """One forward and backward in training mode, with `session` for what runs compiled; the model stays as it is."""
+def run(
+    model: nn.Module,
+    sample: Any,
+    loss: Callable[[Any], Tensor] | None,
+    session: Watched | None = None,
+    *,
+    only_loss: bool = False,
+) -> Run:
+    """One forward and backward in training mode, with `session` for what runs compiled; the model stays as it is.
+
+    Args:
+        only_loss: whether the loss alone is kept of what the model returns.
+    """
     from_graphs = nullcontext() if session is not None else outside_allowed()
     with untouched(model, sample), from_graphs, torch.enable_grad():
         before = random_state(model)
@@ -69,7 +80,7 @@ def run(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None, ses
             plan = session.plan
             reported = plan.bytes_at(session.gates.table.tolist())
         saved = handed_over([*tensors(outputs), value], held)
-        results = [tensor.detach().cpu().clone() for tensor in (*tensors(outputs), value)]
+        results = [tensor.detach().cpu().clone() for tensor in (*([] if only_loss else tensors(outputs)), value)]
         value.backward()
         gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     return Run(results, gradients, saved, drawn, reported, plan)

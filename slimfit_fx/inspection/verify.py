@@ -29,11 +29,12 @@ def verify(
     run by eager PyTorch; compiled as it is; compiled with slimfit_fx, all gates open; and with every second layer
     closed. Compared are outputs (to the last bit with the compiled model in float32 on a CPU; up to rounding in
     bfloat16 and float16, where fused kernels keep more bits than they store, on a GPU, where sums may be divided
-    otherwise, and with eager PyTorch), each gradient (with the compiled model's: the same dropout masks), that closed
-    layers have none, and the bytes that are really handed to the backward with those of the report. How far gradients
-    may be off is stated per preset in `slimfit_fx.inspection.gradient_difference.TOLERANCES`; rounding comes on top. A
-    gradient whose norm is less than 1e-4 of that of all together is not judged: a key's bias in attention, say, is zero
-    by symmetry, and what is left of it is rounding.
+    otherwise, where a loss is made in parts, and with eager PyTorch; with `outputs="loss"` the loss alone), each
+    gradient (with the compiled model's: the same dropout masks), that closed layers have none, and the bytes that
+    are really handed to the backward with those of the report. How far gradients may be off is stated per preset in
+    `slimfit_fx.inspection.gradient_difference.TOLERANCES`; rounding comes on top. A gradient whose norm is less
+    than 1e-4 of that of all together is not judged: a key's bias in attention, say, is zero by symmetry, and what
+    is left of it is rounding.
 
     The model, its gradients, buffers, gates, scheduler and compiled graphs, and the random state stay as they are.
     With `mode="inductor"` it compiles twice, which takes about as long as twice the first training step. Under

@@ -35,6 +35,7 @@ from .outside import OutsideGradients
 from .parameter_hooks import spare_hooks
 from .recompiles import Recompiles
 from .run import Run
+from .unfound_heads import UnfoundHeads
 
 
 class Session:
@@ -73,6 +74,7 @@ class Session:
         self._finished: list[Run] = []  # what the last whole forward ran
         self._under_way = False
         self._left_out = LeftOut()
+        self._unfound_heads = UnfoundHeads(config)
         self._recompiles = Recompiles()
         self._path = ""  # of the region that is being called
         self._places = Places(model, {n: parameters[n] for layer in self.layers for n in layer.parameters})
@@ -154,6 +156,7 @@ class Session:
         if self.active and self.active != self._finished:
             self._finished = self.active
             self.scheduler.plan = self.plan
+            self._unfound_heads.check(self.plan)
 
     def region_left_out(self, path: str) -> None:
         """The region at `path` ran without a graph: the rest trains on, unless that was compiled too often.
@@ -211,8 +214,9 @@ class Session:
         config = self.config
         by_other = {} if self.generate is None else {"generate": self.generate}
         compiled = compile_capture(
-            module, inputs, capture, rules, config.mode, config.disable_passes, config.compile_options, **by_other
-        )
+            module, inputs, capture, rules, config.mode, config.disable_passes, config.compile_options,
+            config.outputs == "loss", **by_other,
+        )  # fmt: skip
         self.captures.append(capture)
         return functools.partial(_weak(self._run), capture, compiled, delimits)
 
