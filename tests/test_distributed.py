@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import socket
 import sys
@@ -139,20 +138,3 @@ def test_trainer_on_two_processes(tmp_path):
     assert decided == also
     assert decided["step"] == STEPS
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def sharded(rank: int) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    model = net()
-    before = copy.deepcopy(model)
-    fully_shard(model)
-    with pytest.raises(slimfit_fx.ModelError, match="fully_shard"):
-        transformed(model)
-    later = fully_shard(transformed(before))
-    with pytest.raises(slimfit_fx.ModelError, match="fully_shard"):
-        later(torch.randn(2, WIDTH))
-
-
-def test_fully_sharded_models_are_refused():
-    run_workers(sharded)

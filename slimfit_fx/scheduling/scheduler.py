@@ -130,12 +130,12 @@ class Scheduler:
         self._unheard.backward_began()
 
     def compare_ranks(self) -> None:
-        """Under DistributedDataParallel: compares the gates of all ranks. Called when a training forward begins.
+        """Under DistributedDataParallel or FSDP2: compares the gates of all ranks. Call when a training forward begins.
 
         Raises:
             StateError: they differed one forward ago.
         """
-        self._agreement.check(self._state.step, self.gates.table.tolist())
+        self._agreement.check(self._state.step, self.gates.table.tolist(), self._members[0][0])
 
     def before_optimizer_step(
         self, optimizer: Optimizer, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
