@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
@@ -22,13 +23,15 @@ from slimfit_fx.analysis.conditioning import Error, error_of
 from slimfit_fx.analysis.mutated_inputs import mutated_inputs
 from slimfit_fx.codecs import Recompute
 from slimfit_fx.graph.gate_ops import ops
-from slimfit_fx.graph.nodes import CREATIONS, VIEWS, aten, base_of, call, is_pointwise, is_tensor, keep_of
+from slimfit_fx.graph.nodes import CONVERSIONS, CREATIONS, VIEWS, aten, base_of, call, is_pointwise, is_tensor, keep_of
 from slimfit_fx.graph.plan import Plan, SavedTensor
 from slimfit_fx.graph.split import SplitGraph
 from slimfit_fx.roles import EXACT, MASK
 
-_RESHAPES = frozenset(
+# Operators whose result has all that their argument has.
+_RESTORABLE = frozenset(
     {
+        aten.permute.default,
         aten.view.default,
         aten._unsafe_view.default,
         aten.alias.default,
@@ -61,8 +64,7 @@ def rebuild(split: SplitGraph, plan: Plan) -> None:
         choice = row.undecided if isinstance(row.undecided, Recompute) else None
         if choice is None and not row.rebuildable:
             continue
-        allowed, savable = (_recomputable, recipes.kept_inputs) if choice else (_cheap, ())
-        steps = recipes.find(produced, allowed, savable)
+        steps = recipes.find(produced, _recomputable if choice else _cheap, recomputed=choice is not None)
         if choice:
             row.decide(choice.otherwise)
         if steps is not None and recipes.are_accurate(steps, produced, row.role):
@@ -96,6 +98,14 @@ class _Step:
     def keeps(self) -> bool:
         return self.node.target is ops.save_if_open.default
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the view is a copy with fewer digits, or a smaller range."""
+        if self.view is None or self.view.target not in CONVERSIONS:
+            return False
+        source, copy = (x.meta["val"].dtype for x in (self.node, self.view))
+        return torch.promote_types(source, copy) != copy
+
 
 class _Recipes:
     """How to compute nodes of the forward in the backward, from what is saved at the moment."""
@@ -110,16 +120,16 @@ class _Recipes:
         self.exact: set[fx.Node] = set()
         self.kept_inputs = _kept_inputs(split, plan, activations - mutated)
 
-    def find(
-        self, wanted: fx.Node, allowed: Callable[[fx.Node], bool], savable: Collection[fx.Node] = ()
-    ) -> list[_Step] | None:
+    def find(self, wanted: fx.Node, allowed: Callable[[fx.Node], bool], *, recomputed: bool) -> list[_Step] | None:
         """The steps, in order, that make `wanted` without its being saved; None if there are none.
 
-        Kept tensors are no sources: they are empty when their gates are closed. `savable` inputs are: `replay` saves
-        them.
+        Kept tensors are no sources: they are empty when their gates are closed. What is `recomputed` may take an input
+        of which a copy is kept, which `replay` saves, and a saved copy in another dtype instead of what was converted.
         """
-        saved = {node for node, _ in self.split.saved() if keep_of(node) is None} - {wanted}
-        views = _viewed(saved)
+        saved = dict.fromkeys(node for node, _ in self.split.saved() if keep_of(node) is None and node is not wanted)
+        views, savable = _viewed(saved, _RESTORABLE), {}
+        if recomputed:
+            views, savable = _viewed(saved, _RESTORABLE | CONVERSIONS) | views, self.kept_inputs
         steps: dict[fx.Node, _Step] = {}
         tried: set[fx.Node] = set()
 
@@ -203,8 +213,11 @@ def _error(steps: list[_Step], wanted: fx.Node, rounded: Collection[fx.Node]) ->
     """The error of what the steps make of sources of which some are rounded."""
     errors = dict.fromkeys(rounded, Error.SCALED)
     for step in steps:
-        same = step.view is not None or step.keeps
-        errors[step.node] = errors.get(step.sources[0], Error.NONE) if same else error_of(step.node, errors)
+        if step.view is not None or step.keeps:
+            same = errors.get(step.sources[0], Error.NONE)
+            errors[step.node] = max(same, Error.SCALED) if step.rounds else same
+        else:
+            errors[step.node] = error_of(step.node, errors)
     return errors.get(wanted, Error.NONE)
 
 
@@ -220,11 +233,11 @@ def _kept_inputs(split: SplitGraph, plan: Plan, activations: Collection[fx.Node]
     return found
 
 
-def _viewed(saved: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Tensors of which a saved tensor is a view with all the elements: {tensor: its view}."""
+def _viewed(saved: Collection[fx.Node], restorable: Collection[Any]) -> dict[fx.Node, fx.Node]:
+    """Tensors of which a saved tensor is a view, or a copy, with all the elements: {tensor: its view}."""
     views = {}
     for node in saved:
-        while _undoable(node):
+        while _undoable(node, restorable):
             source = node.all_input_nodes[0]
             if source.op == "placeholder" or source in saved:
                 break
@@ -233,9 +246,14 @@ def _viewed(saved: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
     return views
 
 
-def _undoable(node: fx.Node) -> bool:
-    reshapes = node.target in _RESHAPES or node.target is aten.permute.default
-    return reshapes and is_tensor(node) and not free_symbols(node.meta["val"].shape)
+def _undoable(node: fx.Node, restorable: Collection[Any]) -> bool:
+    if node.target not in restorable or not is_tensor(node) or free_symbols(node.meta["val"].shape):
+        return False
+    return node.target not in CONVERSIONS or _is_between_floats(node)
+
+
+def _is_between_floats(conversion: fx.Node) -> bool:
+    return all(x.meta["val"].is_floating_point() for x in (conversion, *conversion.all_input_nodes))
 
 
 def _undone(view: fx.Node, there: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -243,4 +261,7 @@ def _undone(view: fx.Node, there: fx.Node) -> tuple[Callable[..., Any], tuple[An
     if view.target is aten.permute.default:
         dims = [int(dim) % len(view.args[1]) for dim in view.args[1]]  # type: ignore[arg-type, union-attr]
         return aten.permute.default, (there, [dims.index(dim) for dim in range(len(dims))])
-    return aten.view.default, (there, list(view.all_input_nodes[0].meta["val"].shape))
+    source = view.all_input_nodes[0].meta["val"]
+    if view.target in CONVERSIONS:
+        return torch.ops.prims.convert_element_type.default, (there, source.dtype)
+    return aten.view.default, (there, list(source.shape))

@@ -126,7 +126,8 @@ class _Narrowing:
         if node.op == "placeholder":
             self._sources.append(node)
             return True
-        if is_pointwise(node) or node.target in _RESHAPES or _leaves_rows(node):
+        reshapes = node.target in _RESHAPES and self._behind_rows(node) is not None
+        if is_pointwise(node) or reshapes or _leaves_rows(node):
             arguments = list(_with_rows(node))
             return bool(arguments) and all(map(self._can, arguments))
         return False
@@ -149,10 +150,20 @@ class _Narrowing:
             args: Any
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda x: arguments.get(x, x))
             if node.target in _RESHAPES or node.target is aten.expand.default:
-                source, (_, *sizes) = args
-                args = (source, [-1, *sizes])
+                args = (args[0], [-1, *self._behind_rows(node)])  # type: ignore[misc]
             self._made[node] = self._call(node.target, args, node, kwargs)
         return self._made[node]
+
+    def _behind_rows(self, node: fx.Node) -> list[Any] | None:
+        """The sizes that a view is given, without the first, whose place is the only one for a -1; None if a size that
+        is left to torch there is no number of the graph."""
+        known, found = self._split.sizes(), []
+        shape = node.meta["val"].shape
+        for given, size in zip(node.args[1][1:], shape[1:], strict=True):  # type: ignore[index]
+            if given == -1:
+                given = known.get(size.node.expr) if isinstance(size, SymInt) else size
+            found.append(given)
+        return None if None in found else found
 
     def _constant(self, full: fx.Node) -> fx.Node:
         """A constant that fits any number of rows."""

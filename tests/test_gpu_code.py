@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import gpu_code
@@ -14,12 +15,12 @@ PRESETS = ["exact", "paper", "balanced", "tight"]
 # Of torch.compile's on the same model: (launches, traffic of kernels, peak, saved), of `balanced` and of `tight`. What
 # was measured when this was written, and a twentieth.
 CEILINGS: dict[tuple[str, str], tuple[float, float, float, float]] = {
-    ("bert", "balanced"): (1.51, 1.24, 0.55, 0.166),
-    ("bert", "tight"): (1.55, 1.30, 0.40, 0.094),
-    ("vit", "balanced"): (1.61, 1.02, 0.44, 0.137),
-    ("vit", "tight"): (1.84, 1.09, 0.55, 0.115),
-    ("llama", "balanced"): (1.37, 1.13, 0.56, 0.44),
-    ("llama", "tight"): (1.36, 1.13, 0.55, 0.43),
+    ("bert", "balanced"): (0.82, 0.97, 0.45, 0.165),
+    ("bert", "tight"): (0.51, 0.92, 0.40, 0.093),
+    ("vit", "balanced"): (0.93, 1.02, 0.36, 0.136),
+    ("vit", "tight"): (0.68, 1.01, 0.35, 0.114),
+    ("llama", "balanced"): (0.69, 1.06, 0.56, 0.44),
+    ("llama", "tight"): (0.65, 1.07, 0.61, 0.43),  # the peak was 0.55 before kernels were joined: those hold all they read
 }
 
 
@@ -32,7 +33,7 @@ def found(request, tmp_path_factory) -> dict[str, Any]:
 
 def test_every_graph_is_generated(found):
     wanted = {f"{preset} {regions}" for preset in PRESETS for regions in ("model", "blocks")}
-    assert set(found) == {"name", "plain model", *wanted}
+    assert set(found) == {"name", "plain model", "joined model", *wanted}
     for preset in PRESETS:
         assert found[f"{preset} model"]["graphs"] == 1
         assert found[f"{preset} blocks"]["calls"] == found[f"{preset} blocks"]["graphs"] + 1  # two blocks share one
@@ -40,7 +41,7 @@ def test_every_graph_is_generated(found):
 
 def test_every_kernel_compiles_for_both_architectures_without_spills(found):
     for method, row in found.items():
-        if method != "name":
+        if method not in ("name", "joined model"):
             assert row["kernels"] > 10
             assert row["compiled"] == 2 * row["kernels"]
             assert not row["errors"], method
@@ -85,9 +86,12 @@ def test_stochastic_rounding_compiles(tmp_path_factory):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_forward_calls_the_products_that_it_calls_without_the_passes(found, preset):
-    """Another product, or other strides, may round in another way."""
-    assert len(found["plain model"]["library_calls"]) > 10
-    assert found[f"{preset} model"]["library_calls"] == found["plain model"]["library_calls"]
+    """Another product, or other strides, may round in another way. Beside torch.compile with the same options."""
+    calls, expected = (found[f"{way} model"]["library_calls"] for way in (preset, "joined"))
+    assert len(expected) > 10
+    if found["name"] == "llama":  # which kernels Inductor joins decides whether query or key comes first
+        calls, expected = (sorted(map(json.dumps, some)) for some in (calls, expected))
+    assert calls == expected
 
 
 def test_so_do_layers_whose_readers_codecs_change(tmp_path_factory):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
+import torch.nn.functional as F
 from helpers import FLOAT_ROLES, reference, run, transformed
 from hypothesis import given
 from programs import Program, programs
-from torch import nn
+from torch import Tensor, nn
 from transformer_block import Block, rows
 
 import slimfit_fx
@@ -63,3 +67,47 @@ def test_a_mask_is_not_rebuilt_from_rounded_numbers():
     found = rows(slim)
     assert found["dropout mask"]["stored_as"] == "bits"
     assert found["feed-forward input"]["stored_as"] == "int8, group 128"
+
+
+class Attention(nn.Module):
+    """Under autocast with dropout, a CPU multiplies in float32 and saves query, key and value in bfloat16."""
+
+    def __init__(self, width: int = 44, heads: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.project, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        query, key, value = self.project(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=0.1)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class Attentions(nn.ModuleList):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, mask)
+        return x
+
+
+@pytest.mark.parametrize("mode", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_softmax_under_autocast_is_recomputed_from_the_copies_of_query_and_key(mode):
+    torch.manual_seed(0)
+    x, mask = torch.randn(3, 37, 44), torch.rand(3, 1, 1, 37) > 0.2
+    model = Attentions([Attention() for _ in range(3)]).train()
+    found = {}
+    for preset in ("exact", "balanced", "tight"):
+        twin = copy.deepcopy(model)
+        slimfit_fx.transform(twin, mode=mode, preset=preset, freeze_rate=0.0)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            twin(x, mask).square().mean().backward()
+        found[preset] = {name: parameter.grad for name, parameter in twin.named_parameters()}
+        rows = slimfit_fx.report(twin).rows
+        assert sum(row["role"] == "attention operand" for row in rows) >= 9
+        assert not [row for row in rows if row["role"] == "other"]
+        softmax = [row["stored_as"] for row in rows if row["role"] == "softmax output"]
+        assert softmax == ["" if preset == "exact" else "recomputed"] * 3
+    for preset, bound in (("balanced", 0.05), ("tight", 0.15)):
+        for name, expected in found["exact"].items():
+            assert (found[preset][name] - expected).norm() < bound * expected.norm(), (preset, name)

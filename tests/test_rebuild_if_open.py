@@ -63,6 +63,22 @@ class Flat(Forms):
         return self.flat(F.gelu(self.query(rows).view(x.shape)).flatten(0, 1)).view(x.shape)
 
 
+class Heads(Forms):
+    """Heads whose number is left to torch."""
+
+    def features(self, x: Tensor) -> Tensor:
+        heads = F.gelu(self.query(self.norm(x))).view(x.shape[0], x.shape[1], -1, 9)
+        return self.flat(torch.tanh(heads).view(*x.shape[:2], -1))
+
+
+class HeadsInFront(Forms):
+    """As some models write it: the sequence behind the heads, its length left to torch."""
+
+    def features(self, x: Tensor) -> Tensor:
+        rows = F.gelu(self.query(self.norm(x))).view(x.shape[0], -1, 4, WIDTH // 4)
+        return self.flat(rows.view(x.shape[0], -1, WIDTH)).view(x.shape)
+
+
 class Mixed(Forms):
     """Over tokens, as MLP-Mixer does: the input is transposed."""
 
@@ -84,7 +100,7 @@ class FirstToken(Forms):
         return self.flat(self.norm(x)[:, 0])
 
 
-FORMS = [Shared, Gelu, Product, Flat, Mixed, Part]
+FORMS = [Shared, Gelu, Product, Flat, Heads, HeadsInFront, Mixed, Part]
 
 
 def counted(model: nn.Module) -> int:
@@ -138,7 +154,7 @@ def test_bf16(form, preset):
         compare(pair, inputs, [])
 
 
-@pytest.mark.parametrize("form", [Shared, Gelu, Flat])
+@pytest.mark.parametrize("form", [Shared, Gelu, Flat, Heads, HeadsInFront])
 @pytest.mark.inductor
 def test_dynamic_sizes(form):
     pair = both(form, mode="inductor")

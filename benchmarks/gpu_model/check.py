@@ -36,6 +36,9 @@ def check(name: str) -> Iterator[dict[str, Any]]:
     """For torch.compile, and for each preset and kind of regions, what came out of the small model `name`."""
     model, bf16 = SMALL[name], name == "llama"
     yield {"method": "plain", "regions": "model"} | _facts(generate.plain(*model.build(BATCH), bf16=bf16), 0.0)
+    with inductor_config.patch(combo_kernels=True):  # as ours: joined kernels change the order of what is between them
+        joined = generate.plain(*model.build(BATCH), bf16=bf16)
+    yield {"method": "joined", "regions": "model", "library_calls": library_calls(joined.pairs[0])}
     for preset in PRESETS:
         for regions in REGIONS:
             options = {"preset": preset, "regions": regions, "freeze_rate": FREEZE_RATE}

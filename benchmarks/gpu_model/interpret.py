@@ -7,6 +7,7 @@ The process needs the environment variable TRITON_INTERPRET=1 before Triton is i
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import ast
 import contextlib
 import re
 import tempfile
@@ -23,6 +24,7 @@ from torch._C._dynamo import guards
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.runtime.triton_heuristics import GridExpr
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.runtime import interpreter
@@ -92,6 +94,8 @@ def _convert(data: Any, source: Any, target: Any, _: Any) -> Any:
 
 class _Kernel:
     def __init__(self, name: str, source: str) -> None:
+        (about,) = re.findall(r"^    inductor_meta=(\{.*\}),?$", source, re.M)
+        self._about = ast.literal_eval(about)
         source = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n@triton\.jit", "@triton.jit", source, flags=re.S)
         (signature,) = re.findall(rf"def {name}\((.*?)\):", source)
         with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
@@ -108,11 +112,8 @@ class _Kernel:
         given = dict(zip(self._parameters, args, strict=False))
         size = _ROWS if "r0_numel" in given else _BLOCK
         blocks = {name: size for name in self._parameters if name.endswith("BLOCK")}
-
-        def programs(axis: str) -> int:
-            return -(-given.get(f"{axis}numel", 1) // blocks.get(f"{axis.upper()}BLOCK", 1))
-
-        self._function[(programs("x"), programs("y"), programs("z"))](*args, **blocks)
+        grid = GridExpr.from_meta(self._about, blocks).eval_slow({**given, **blocks})
+        self._function[grid](*args, **blocks)
         self._file.unlink(missing_ok=True)
 
 

@@ -78,9 +78,17 @@ def find_role(produced: fx.Node, taken: fx.Node) -> str:
         return "softmax output"
     found = {operator_of(reader) for reader in readers_of_copies(taken)}
     role = next((role for name, role in _BY_READER.items() if name in found), None)
-    if role in (None, "convolution input", "linear input") and "bmm" in found and _is_attended(base):
+    original = _original_of(base)
+    if role in (None, "convolution input", "linear input") and "bmm" in found and _is_attended(original):
         return "attention operand"
-    return role or ("logits" if _are_logits(base) else "norm input" if _is_normalized(base) else "other")
+    return role or ("logits" if _are_logits(original) else "norm input" if _is_normalized(original) else "other")
+
+
+def _original_of(node: fx.Node) -> fx.Node:
+    """What was copied: under autocast the backward may have a copy of its own, which nothing in the forward reads."""
+    while node.target in COPIES or node.target in VIEWS:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def readers_of_copies(node: fx.Node) -> Iterator[fx.Node]:

@@ -35,7 +35,7 @@ _last: tuple[Tensor | None, int, list[bool]] = (None, 0, [])
 
 
 def _flags(gates: Tensor) -> list[bool]:
-    """The gates as a list, from the first operator of a call for all of them: to read one takes longer than the list."""
+    """The gates as a list, which the first operator of a call makes for all: reading one gate takes longer."""
     global _last
     tensor, version, flags = _last
     if tensor is not gates or version != gates._version:
