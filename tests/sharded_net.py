@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,11 +17,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
-from torch.multiprocessing.spawn import spawn
 
 import slimfit_fx
 
-WIDTH, STEPS, TOKENS, BATCH = 22, 5, 7, 4
+WIDTH, STEPS, TOKENS, BATCH = 22, 20, 7, 4
 LIMIT = 240  # seconds until a world that hangs is ended
 
 
@@ -107,7 +109,7 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def compare(
-    model: nn.Module, tolerance: float = 1e-6, clip: float | None = None, scaled: bool = False, **options
+    model: nn.Module, tolerance: float = 1e-9, clip: float | None = None, scaled: bool = False, **options
 ) -> None:
     """One process makes the same choices, exactly, and gets the same weights."""
     found, decided = whole(model), slimfit_fx.scheduler(model).state_dict()
@@ -140,30 +142,79 @@ def counted() -> Iterator[list[int]]:
         DefaultReduceScatter.__call__ = original
 
 
-def run_world(target: Callable[..., None], size: int = 2, *arguments) -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    context = spawn(_worker, (target, port, size, arguments), nprocs=size, join=False)
-    try:
-        end = time.monotonic() + LIMIT
-        while not context.join(timeout=5):  # also returns when one process is done
-            assert time.monotonic() < end, "the processes did not end"
-    finally:
-        for process in context.processes:
+class World:
+    """Processes over gloo that run one function after another: each costs seconds to start."""
+
+    def __init__(self, size: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self._ends, self._processes = [], []
+        for rank in range(size):
+            here, there = context.Pipe()
+            self._ends.append(here)
+            self._processes.append(context.Process(target=_serve, args=(there, rank, port, size), daemon=True))
+            self._processes[-1].start()
+            there.close()
+
+    def run(self, target: Callable[..., None], *arguments) -> None:
+        """Calls `target(rank, size, *arguments)` in every process. One that fails or hangs ends them all."""
+        for end in self._ends:
+            end.send((target, arguments))
+        waiting, limit = list(self._ends), time.monotonic() + LIMIT
+        try:
+            while waiting:
+                ready = multiprocessing.connection.wait(waiting, timeout=max(0.0, limit - time.monotonic()))
+                assert ready, f"{target.__name__} did not end"
+                for end in ready:
+                    problem = end.recv()  # EOFError: the process died
+                    assert problem is None, problem
+                    waiting.remove(end)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for process in self._processes:
             process.kill()
+            process.join()
+        _worlds.pop(len(self._processes), None)
 
 
-def _worker(rank: int, target: Callable[..., None], port: int, size: int, arguments) -> None:
+_worlds: dict[int, World] = {}
+
+
+def run_world(target: Callable[..., None], size: int = 2, *arguments) -> None:
+    if size not in _worlds:
+        _worlds[size] = World(size)
+    _worlds[size].run(target, *arguments)
+
+
+def close_worlds() -> None:
+    for world in list(_worlds.values()):
+        world.close()
+
+
+def _serve(end, rank: int, port: int, size: int) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     import conftest  # noqa: F401  (a process of its own has not got pytest's settings)
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT))
-    try:
-        target(rank, size, *arguments)
-    finally:
-        dist.destroy_process_group()
+    while True:
+        try:
+            target, arguments = end.recv()
+        except EOFError:
+            return
+        try:
+            target(rank, size, *arguments)
+        except BaseException:
+            end.send(f"rank {rank}:\n{traceback.format_exc()}")
+        else:
+            end.send(None)
+        torch.compiler.reset()
 
 
 def mine(rank: int, size: int) -> torch.Tensor:

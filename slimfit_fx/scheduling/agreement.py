@@ -4,7 +4,7 @@ forward."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from slimfit_fx.errors import StateError
-from slimfit_fx.model.shards import all_groups
+from slimfit_fx.model.shards import all_groups, is_sharded
 
 
 class Agreement:
@@ -22,18 +22,18 @@ class Agreement:
     def __init__(self) -> None:
         self._pending: tuple[Any, Tensor] | None = None
 
-    def check(self, step: int, flags: Sequence[bool], example: Tensor) -> None:
+    def check(self, step: int, flags: Sequence[bool], parameters: Iterable[Tensor]) -> None:
         """Call when a forward begins, on all ranks.
 
         Args:
-            example: a parameter of the model; one that is sharded says over which ranks.
+            parameters: of the model; the first one that is sharded says over which ranks.
 
         Raises:
             StateError: the ranks had chosen different layers for the forward before.
         """
         if not dist.is_available() or not dist.is_initialized():
             return
-        device, groups = _ranks(example)
+        device, groups = _ranks(parameters)
         if not groups:
             return
         if self._pending is not None:
@@ -53,11 +53,12 @@ class Agreement:
         self._pending = work, extremes
 
 
-def _ranks(example: Tensor) -> tuple[torch.device, tuple[dist.ProcessGroup, ...]]:
+def _ranks(parameters: Iterable[Tensor]) -> tuple[torch.device, tuple[dist.ProcessGroup, ...]]:
     """The device for collectives, and the groups that together reach all ranks; none where the model is on one."""
     wrapper = DistributedDataParallel._get_active_ddp_module()
     if wrapper is not None:
         device = wrapper.device if wrapper.device_type != "cpu" else torch.device("cpu")
         assert wrapper.process_group is not None
         return device, (wrapper.process_group,)
-    return example.device, all_groups(example)
+    sharded = next(filter(is_sharded, parameters), None)
+    return (torch.device("cpu"), ()) if sharded is None else (sharded.device, all_groups(sharded))

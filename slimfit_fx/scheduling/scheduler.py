@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from itertools import compress
+from itertools import chain, compress
 from typing import Any
 from weakref import WeakSet
 
@@ -135,7 +135,8 @@ class Scheduler:
         Raises:
             StateError: they differed one forward ago.
         """
-        self._agreement.check(self._state.step, self.gates.table.tolist(), self._members[0][0])
+        parameters = chain.from_iterable(self._members)
+        self._agreement.check(self._state.step, self.gates.table.tolist(), parameters)
 
     def before_optimizer_step(
         self, optimizer: Optimizer, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -139,7 +139,8 @@ def measure_updates(
     if not groups:
         on_host, arrived = _to_host(sums)
         return Measurement((Part(tuple(layers), on_host, counts),), arrived=arrived)
-    return _quotients(layers, sums, sums.new_tensor(counts), groups)
+    # filled on the device: a copy of numbers to it would wait
+    return _quotients(layers, sums, torch.stack([sums.new_full((), count) for count in counts]), groups)
 
 
 def measure_gradients(
