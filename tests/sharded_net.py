@@ -8,14 +8,14 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 import slimfit_fx
@@ -59,13 +59,20 @@ def net(scaled: bool = False) -> Net:
     return Net(scaled).double()
 
 
-def shard(model: Net, **options) -> nn.Module:
-    for block in model.blocks:
+def shard(model: Net, blocks: Iterable[nn.Module] | None = None, **options) -> nn.Module:
+    """Shards `blocks`, all of the model's by default, and the model around them."""
+    for block in model.blocks if blocks is None else blocks:
         fully_shard(block, **options)
     fully_shard(model, **options)
-    for unit in (model, *model.blocks):
-        unit.set_force_sum_reduction_for_comms(True)  # gloo has no average
+    sum_gradients(model)
     return model
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """gloo has no average."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_force_sum_reduction_for_comms(True)
 
 
 def transformed(model: nn.Module, **options) -> nn.Module:
