@@ -1,14 +1,32 @@
 """FSDP2 with layers frozen: the trajectory of one process on the whole batch, and fewer elements sent."""
 
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
-from sharded_net import STEPS, close_worlds, compare, counted, data, mine, net, run_world, shard, sum_gradients, train, transformed, whole
+from sharded_net import (
+    STEPS,
+    close_worlds,
+    compare,
+    counted,
+    data,
+    mine,
+    net,
+    run_world,
+    shard,
+    sum_gradients,
+    train,
+    transformed,
+    whole,
+)
 from small_bert import bert
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -16,11 +34,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import slimfit_fx
+from examples.distributed import finetune
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo"
 )
-
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -189,6 +207,19 @@ def refusals(rank: int, size: int) -> None:
 
 def test_what_cannot_work_is_named():
     run_world(refusals)
+
+
+def example(rank: int, size: int) -> None:
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        finetune.train(finetune.parse(["--mode=eager", "--depth=2", "--steps=3", "--freeze-rate=0.5"]))
+    lines = told.getvalue().splitlines()
+    assert len(lines) == (0 if rank else 3)
+    assert all("layers open" in line for line in lines)
+
+
+def test_example():
+    run_world(example)
 
 
 def bert_elements(rank: int, size: int) -> None:

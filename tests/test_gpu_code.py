@@ -20,7 +20,12 @@ CEILINGS: dict[tuple[str, str], tuple[float, float, float, float]] = {
     ("vit", "balanced"): (0.93, 1.02, 0.36, 0.136),
     ("vit", "tight"): (0.68, 1.01, 0.35, 0.114),
     ("llama", "balanced"): (0.69, 1.06, 0.56, 0.44),
-    ("llama", "tight"): (0.65, 1.07, 0.61, 0.43),  # the peak was 0.55 before kernels were joined: those hold all they read
+    ("llama", "tight"): (
+        0.65,
+        1.07,
+        0.61,
+        0.43,
+    ),  # the peak was 0.55 before kernels were joined: those hold all they read
 }
 
 

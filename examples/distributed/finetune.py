@@ -12,7 +12,7 @@ import argparse
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import slimfit_fx
 
@@ -62,8 +62,9 @@ def train(options: argparse.Namespace) -> None:
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
-    for unit in (model, *model.blocks):
-        unit.set_force_sum_reduction_for_comms(True)  # gloo has no average; not needed with NCCL
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_force_sum_reduction_for_comms(True)  # gloo has no average; not needed with NCCL
     slimfit_fx.transform(model, regions="blocks", mode=options.mode, freeze_rate=options.freeze_rate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 

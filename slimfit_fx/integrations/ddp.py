@@ -6,6 +6,8 @@
 Without it whole buckets are reduced, with zeros for layers that are closed on all ranks.
 """
 
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
