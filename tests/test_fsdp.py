@@ -31,7 +31,7 @@ from small_bert import bert
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
 import slimfit_fx
 from examples.distributed import finetune
@@ -198,6 +198,12 @@ def refusals(rank: int, size: int) -> None:
     model.set_reduce_scatter_unused_params(True)
     with pytest.raises(slimfit_fx.StateError, match="Set it to False"):
         model(data()[0])
+    for model in (FullyShardedDataParallel(net(), use_orig_params=True, device_id=torch.device("cpu")), net()):
+        transformed(model)
+        if not isinstance(model, FullyShardedDataParallel):
+            model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        with pytest.raises(slimfit_fx.StateError, match="parameters of the model were replaced"):
+            model(data()[0])
     model = transformed(shard(net()), policy="random", seed=rank, freeze_rate=0.5)
     slimfit_fx.gates(model).set(["head.weight"] if rank else ["blocks.0.up.weight", "head.weight"])
     with pytest.raises(slimfit_fx.StateError, match="the ranks opened different layers"):
