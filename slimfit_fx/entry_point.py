@@ -12,6 +12,7 @@ from .compiler.dynamo import unwrapped
 from .config import Config
 from .config_options import Mode
 from .errors import BackendError, ConfigError, SlimFitError, StateError
+from .model.fsdp import check_one_graph
 from .runtime.registry import session_of, start_session
 from .runtime.session import Session
 
@@ -33,6 +34,7 @@ def compile_graph(
 
     Raises:
         BackendError: what is compiled is a function, not a module.
+        ModelError: `fully_shard` holds a part of the model.
         ConfigError: an option is unknown, has an impossible value, or asks for regions, which are transform's to make.
         StateError: the model is compiled by us already, with other options.
     """
@@ -46,6 +48,7 @@ def _session(config: Config) -> Session:
     model = _module_being_compiled()
     session = session_of(model)
     if session is None:
+        check_one_graph(model)
         return start_session(model, config)
     if session.config != config:
         raise StateError(

@@ -7,6 +7,8 @@ This module imports Dynamo and Inductor. It is imported with the compiler, by th
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import nn
 
@@ -126,3 +128,49 @@ for _owner, _name in _ATTRIBUTES:
 
 # Marks what a compiler of the user's (of the optimizer's step, of the whole model) calls and does not look into.
 not_traced = torch.compiler.disable
+
+
+class FsdpParameter(NamedTuple):
+    """A parameter that `fully_shard` (FSDP2) shares out over the ranks.
+
+    Attributes:
+        sharded: the DTensor that optimizers have.
+        whole: what takes its place while its module runs; None before the first run.
+        after_forward: what may take its place between forward and backward (`reshard_after_forward` as a number).
+        tensor_parallel: whether it was a DTensor before.
+    """
+
+    sharded: nn.Parameter
+    whole: nn.Parameter | None
+    after_forward: nn.Parameter | None
+    tensor_parallel: bool
+
+
+def fsdp_parameters(unit: nn.Module) -> list[FsdpParameter]:
+    """The parameters of a module that `fully_shard` took, without those of units inside."""
+    return [
+        FsdpParameter(
+            each.sharded_param,
+            getattr(each, "_unsharded_param", None),
+            getattr(each, "_sharded_post_forward_param", None),
+            bool(each.is_dtensor),
+        )
+        for group in _fsdp_groups(unit)
+        for each in group.fsdp_params
+    ]
+
+
+def fsdp_sends_zeros(unit: nn.Module) -> bool:
+    """Whether gradients that are missing are reduced as zeros (torch 2.13 and newer have the option)."""
+    return any(getattr(group, "reduce_scatter_unused_params", False) for group in _fsdp_groups(unit))
+
+
+def _fsdp_groups(unit: Any) -> list[Any]:
+    """What FSDP2 reduces together: a list where parameters may have several meshes, else one or None."""
+    try:
+        state = unit._get_fsdp_state()
+        if hasattr(state, "_fsdp_param_groups"):
+            return list(state._fsdp_param_groups)
+        return [group for group in [state._fsdp_param_group] if group is not None]
+    except AttributeError as error:
+        raise VersionError(f"torch {torch.__version__} lacks what FSDP2 needs here: {error}. {_ADVICE}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import socket
 import sys
@@ -15,6 +14,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import slimfit_fx
+from slimfit_fx.integrations import open_layers_hook
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo"
@@ -95,6 +95,63 @@ def test_ddp_is_the_run_of_one_process(tmp_path, regions):
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
 
 
+def only_open_layers(rank: int, folder: str) -> None:
+    model, gates_of_step, sent = transformed(net()), [], []
+    hook = open_layers_hook(model)
+    # small buckets, so that one has open layers only, another none; Dynamo wants the first to be the smallest
+    torch._dynamo.config.optimize_ddp = False
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=6 * WIDTH**2 / 2**20)
+    wrapped.register_comm_hook(None, hook)
+    gates, parameters = slimfit_fx.gates(model), dict(model.named_parameters())
+    original = dist.all_reduce
+
+    def count(tensor, *args, **kwargs):
+        if tensor.is_floating_point():  # gates are compared in integers
+            sent[-1] += tensor.numel()
+        return original(tensor, *args, **kwargs)
+
+    def expect() -> None:
+        assert all(parameters[name].grad is None for name in gates.closed)
+        closed = sum(parameters[name].numel() for name in gates.closed)
+        gates_of_step.append(gates.closed)
+        assert sent[-1] == sum(map(torch.numel, model.parameters())) - closed
+        sent.append(0)
+
+    sent.append(0)
+    dist.all_reduce = count
+    try:
+        train(wrapped, data()[:, rank::WORLD], expect)
+        # open in the first of two micro-batches only: what that gave is sent. Both ranks have the same data
+        opened = [parameters[name] for name in gates.names[:2]]
+        expected = torch.autograd.grad(model.eval()(data()[0]).square().mean(), opened)
+        model.train()
+        model.zero_grad()
+        gates.set([gates.names[0]])
+        with wrapped.no_sync():
+            wrapped(data()[0]).square().mean().backward()
+        gates.set([gates.names[1]])
+        wrapped(data()[0]).square().mean().backward()
+        for parameter, gradient in zip(opened, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+        closed = sum(parameters[name].numel() for name in gates.names[2:])
+        assert sent[-1] == sum(map(torch.numel, model.parameters())) - closed
+    finally:
+        dist.all_reduce = original
+    assert len(set(map(tuple, gates_of_step))) > 1
+    torch.save((model.state_dict(), slimfit_fx.scheduler(model).state_dict()), f"{folder}/{rank}.pt")
+
+
+def test_a_hook_sends_no_zeros(tmp_path):
+    alone = transformed(net())
+    train(alone, data())
+    run_workers(only_open_layers, str(tmp_path))
+    (first, decided), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))
+    assert decided["step"] == STEPS
+    for name, value in alone.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
+
+
 def disagreeing(rank: int) -> None:
     model = transformed(net(), policy="random", seed=rank)
     with pytest.raises(slimfit_fx.StateError, match="the ranks opened different layers"):
@@ -139,20 +196,3 @@ def test_trainer_on_two_processes(tmp_path):
     assert decided == also
     assert decided["step"] == STEPS
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def sharded(rank: int) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    model = net()
-    before = copy.deepcopy(model)
-    fully_shard(model)
-    with pytest.raises(slimfit_fx.ModelError, match="fully_shard"):
-        transformed(model)
-    later = fully_shard(transformed(before))
-    with pytest.raises(slimfit_fx.ModelError, match="fully_shard"):
-        later(torch.randn(2, WIDTH))
-
-
-def test_fully_sharded_models_are_refused():
-    run_workers(sharded)

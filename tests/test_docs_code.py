@@ -21,7 +21,7 @@ import slimfit_fx
 DOCS = Path(__file__).parent.parent / "docs"
 TEXTS = {path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
 SKETCH = 'python title="not run"'  # how a block is marked that cannot run by itself
-SKETCHES = 0
+SKETCHES = 3
 ELSEWHERE = {"extending.md"}  # tests/test_extending.py runs its blocks, and looks at what they do
 
 Names = dict[str, Any]

@@ -20,14 +20,16 @@ def test_relative_updates():
     assert measured == {3: pytest.approx(0.75 / 5)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @given(st.lists(st.floats(-10, 10, width=16), min_size=1, max_size=8), st.data())
 def test_relative_updates_are_finite_with_zeros_and_denormals(dtype, values, data):
     old = torch.tensor(values)
     new = old + torch.tensor(
         data.draw(st.lists(st.floats(-1, 1, width=16), min_size=len(values), max_size=len(values)))
     )
-    assert torch.isfinite(relative_updates([old.to(dtype)], [new.to(dtype)])).all()
+    found = relative_updates([old.to(dtype)], [new.to(dtype)])
+    assert found.dtype == torch.float32
+    assert torch.isfinite(found).all()
     assert relative_updates([old * 0], [new]).item() == 0
 
 

@@ -61,8 +61,8 @@ def retry_skipped_frames() -> None:
             set_code_exec_strategy(code, anew)
 
 
-def own_code(name: str) -> FunctionType:
-    """A function that calls a module, with a code object of its own.
+def own_code(name: str, bare: bool = False) -> FunctionType:
+    """A function that calls a module, or if `bare` its forward without hooks, with a code object of its own.
 
     Dynamo keeps compiled graphs, their recompile limit and what it learnt of dynamic shapes by code object. Under the
     module's own code, which all modules of a class share, the ninth model of a sweep would run uncompiled.
@@ -71,5 +71,8 @@ def own_code(name: str) -> FunctionType:
     def train(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
 
-    code = train.__code__.replace(co_name=f"train_{name}_{next(_numbers)}")
+    def train_bare(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module.forward(*args, **kwargs)
+
+    code = (train_bare if bare else train).__code__.replace(co_name=f"train_{name}_{next(_numbers)}")
     return FunctionType(code, train.__globals__, code.co_name)

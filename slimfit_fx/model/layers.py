@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 import warnings
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -95,19 +93,6 @@ def check_modules(model: nn.Module, config: Config) -> None:
                 f"codecs: {pattern!r} is no role ({', '.join(ROLES)}) and matches no module; "
                 f"modules are called {', '.join(paths[1:4])}"
             )
-
-
-def check_sharding(model: nn.Module) -> None:
-    """Raises `ModelError` if torch's `fully_shard` (FSDP2) holds a part of the model."""
-    if not dist.is_available() or "torch.distributed.fsdp" not in sys.modules:
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise ModelError(
-            "parts of the model are sharded by fully_shard (FSDP2), which slimfit_fx does not support: the gradients "
-            "of frozen layers have no rows, and FSDP2 reduces whole ones. Use DistributedDataParallel."
-        )
 
 
 def check_known(model: nn.Module | None, inputs: Iterable[Any], known: Container[int]) -> None:

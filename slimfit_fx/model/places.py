@@ -10,17 +10,21 @@ from torch import nn
 from slimfit_fx.errors import BackwardError, StateError
 from slimfit_fx.torch_internals import peek_interpreter_stack
 
+from .fsdp import Units
+
 
 class Places:
     """Notices that gated parameters of a model were replaced. It does not hold the model.
 
     A check looks up every submodule and gated parameter by its name in the module above, and walks through the model
-    only if one of them is another: a parameter that merely moved is still the model's.
+    only if one of them is another: a parameter that merely moved is still the model's. So is one in whose place FSDP2
+    put another for a while.
     """
 
-    def __init__(self, model: nn.Module, gated: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, gated: Mapping[str, nn.Parameter], units: Units) -> None:
         self._model = weakref.ref(model)
         self._gated = dict(gated)
+        self._units = units
         self._find()
 
     def check(self) -> None:
@@ -29,6 +33,7 @@ class Places:
         Raises:
             BackwardError: the model is called inside of `torch.func.grad` or another transform of torch.func.
             StateError: a gated parameter is no longer one of the model's.
+            ModelError: so it is because `fully_shard` came after the transformation.
         """
         if peek_interpreter_stack() is not None:
             raise BackwardError(
@@ -39,8 +44,9 @@ class Places:
             return
         model = self._model()
         assert model is not None, "a model that is being called is alive"
-        present = set(map(id, model.parameters()))
+        present = set(map(id, map(self._units.original, model.parameters())))
         if lost := [name for name, parameter in self._gated.items() if id(parameter) not in present]:
+            self._units.check_order()
             others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
             raise StateError(
                 f"{lost[0]!r}{others}: parameters of the model were replaced after slimfit_fx.transform, or taken out, "
@@ -56,7 +62,8 @@ class Places:
                 return False
         for owner, name, parameter in self._parameters:
             above = owner()
-            if above is None or above._parameters.get(name) is not parameter:
+            found = None if above is None else above._parameters.get(name)
+            if found is not parameter and (found is None or self._units.original(found) is not parameter):
                 return False
         return True
 
@@ -72,8 +79,8 @@ class Places:
             if child is not None
         ]
         self._parameters = [
-            (weakref.ref(module), name, parameter)
+            (weakref.ref(module), name, original)
             for module in modules
             for name, parameter in module._parameters.items()
-            if id(parameter) in gated
+            if parameter is not None and id(original := self._units.original(parameter)) in gated
         ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slimfit_fx.compiler.dynamo import not_traced
 from slimfit_fx.errors import ModelError
-from slimfit_fx.model.layers import check_sharding
+from slimfit_fx.model.fsdp import is_unit
 from slimfit_fx.model.regions import Region, check_places, places_of
 from slimfit_fx.torch_internals import current_graph_task_id, tree_leaves
 
@@ -48,8 +48,6 @@ def _model_call(model: nn.Module, regions: Sequence[Region], session: Session) -
     def call(*args: Any, **kwargs: Any) -> Any:
         if not _trains(model):
             return model._call_impl(*args, **kwargs)
-        if not session.captures:
-            check_sharding(model)
         check_places(places)
         with session.forward():
             return inner(*args, **kwargs)
@@ -61,6 +59,8 @@ def _region_call(
     region: Region, compiled: Callable[..., Any], model: nn.Module, session: Session
 ) -> Callable[..., Any]:
     """A call of a region: `compiled` while `model` trains."""
+    if is_unit(region.module):
+        compiled = _inside_hooks(region.module, compiled)
 
     @not_traced
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -76,6 +76,33 @@ def _region_call(
         if session.graph_calls == before and _computed(outputs, (args, kwargs)):
             session.region_left_out(region.path)
         return outputs
+
+    return call
+
+
+def _inside_hooks(module: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of `module` that runs its hooks as they are, and `compiled` in the place of its forward.
+
+    FSDP2 gathers parameters in hooks: a graph has to get them as inputs.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        present = vars(module)
+        own = {"forward": present["forward"]} if "forward" in present else {}  # as accelerate sets one
+
+        def restore() -> None:
+            present.pop("forward", None)
+            present.update(own)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            restore()  # it is what the compiler shall see
+            return compiled(*args, **kwargs)
+
+        present["forward"] = forward
+        try:
+            return module._call_impl(*args, **kwargs)
+        finally:
+            restore()
 
     return call
 

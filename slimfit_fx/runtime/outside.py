@@ -84,6 +84,11 @@ class OutsideGradients:
                 self._nodes[parameter] = node
                 self._hooks.append(node.register_prehook(_arrival(weakref.ref(self), parameter, layer)))
 
+    def follow(self, parameter: nn.Parameter, layer: int) -> None:
+        """Also watches a parameter that stands for one of `layer`."""
+        self._layer_of[parameter] = layer
+        self.watch()
+
     def follow_stream(self) -> None:
         """Lets autograd make its nodes anew in the stream of the forward that begins.
 

@@ -21,8 +21,9 @@ from slimfit_fx.compiler.pipeline import check_disabled
 from slimfit_fx.config import Config
 from slimfit_fx.errors import StateError
 from slimfit_fx.graph.plan import Plan, merge_plans
+from slimfit_fx.model.fsdp import Units, is_unit
 from slimfit_fx.model.gate_table import Gates
-from slimfit_fx.model.layers import Layer, check_known, check_modules, check_sharding, find_layers
+from slimfit_fx.model.layers import Layer, check_known, check_modules, find_layers
 from slimfit_fx.model.places import Places
 from slimfit_fx.model.regions import Region
 from slimfit_fx.presets import CodecRules
@@ -52,12 +53,12 @@ class Session:
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
-        parameters = dict(model.named_parameters())
         self.config = config
         check_disabled(config.disable_passes)
         check_compile_options(config.compile_options)
-        check_sharding(model)
+        self._units = Units(model, config)
         check_modules(model, config)
+        parameters = {name: self._units.original(parameter) for name, parameter in model.named_parameters()}
         self.layers: list[Layer] = find_layers(model, config)
         self.gates = Gates([layer.name for layer in self.layers])
         self.captures: list[Capture] = []
@@ -77,7 +78,8 @@ class Session:
         self._unfound_heads = UnfoundHeads(config)
         self._recompiles = Recompiles()
         self._path = ""  # of the region that is being called
-        self._places = Places(model, {n: parameters[n] for layer in self.layers for n in layer.parameters})
+        gated = {name: parameters[name] for layer in self.layers for name in layer.parameters}
+        self._places = Places(model, gated, self._units)
         self._hooks = listen_to_optimizers(self.scheduler)
 
     @property
@@ -146,7 +148,9 @@ class Session:
         Raises:
             StateError: gated parameters were replaced.
             BackwardError: it runs inside of a transform of torch.func.
+            ModelError: `fully_shard` took parts of the model after it was transformed.
         """
+        self._units.check()
         self._places.check()
         self.outside.follow_stream()
         self._finish_forward()
@@ -173,7 +177,8 @@ class Session:
         """
         backend = _weak(self.compile)
         kinds = {region.kind: type(region.module).__name__ for region in regions}
-        functions = {kind: torch.compile(own_code(name), backend=backend) for kind, name in kinds.items()}
+        bare = {region.kind for region in regions if is_unit(region.module)}
+        functions = {k: torch.compile(own_code(name, k in bare), backend=backend) for k, name in kinds.items()}
 
         def compiled(region: Region) -> Callable[..., Any]:
             function = functions[region.kind]
@@ -202,6 +207,7 @@ class Session:
             delimits: whether a call that was there already begins another forward, for want of `forward`.
         """
         self._places.check()
+        self._meet_whole()
         check_known(self._model(), inputs, self._known)
         self.outside.watch()
         capture = Capture(
@@ -210,8 +216,8 @@ class Session:
             activations=frozenset(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x.is_leaf),
         )
         self._recompiles.saw(capture.origin, delimits or bool(self._finished))
-        rules = CodecRules(self.config.preset, self.config.codecs, self._path)
         config = self.config
+        rules = CodecRules(config.preset, config.codecs, self._path)
         by_other = {} if self.generate is None else {"generate": self.generate}
         compiled = compile_capture(
             module, inputs, capture, rules, config.mode, config.disable_passes, config.compile_options,
@@ -247,10 +253,18 @@ class Session:
 
     def _layers(self, parameters: Sequence[Any]) -> tuple[int | None, ...]:
         """The layers of parameters; None for one without a gate, which another block had."""
-        layers = tuple(self._layer_of.get(id(parameter)) for parameter in parameters)
-        if None in layers:
+        if any(id(parameter) not in self._layer_of for parameter in parameters):
+            self._meet_whole()
             self._places.check()
-        return layers
+        return tuple(self._layer_of.get(id(parameter)) for parameter in parameters)
+
+    def _meet_whole(self) -> None:
+        """FSDP2 makes whole parameters in the first run of a unit: they have the gates of the sharded ones."""
+        for whole, sharded in self._units.take_new():
+            self._known.add(id(whole))
+            if (layer := self._layer_of.get(id(sharded))) is not None:
+                self._layer_of[id(whole)] = layer
+                self.outside.follow(whole, layer)
 
     def _why_outside(self) -> str:
         """Why gradients come from outside of the graphs, and the way out.

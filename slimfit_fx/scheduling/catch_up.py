@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slimfit_fx.model.shards import local
+
 # A layer that was closed for very long does not jump.
 _LONGEST = 10.0
 
@@ -26,7 +28,7 @@ def catch_up_factor(missed: int, exponent: float) -> float:
 @torch.no_grad()
 def lengthen(parameter: nn.Parameter, before: Tensor, factor: float) -> None:
     """Makes the last update of `parameter`, from the value `before`, `factor` times as long."""
-    parameter.lerp_(before, 1 - factor)
+    local(parameter).lerp_(local(before), 1 - factor)
 
 
 @torch.no_grad()
@@ -43,7 +45,8 @@ def fade_momentum(optimizer: Optimizer, missed: dict[nn.Parameter, int]) -> None
 
 
 def _scale(value: Tensor, factor: float) -> None:
-    """Multiplies in place, through a plain tensor where an optimizer stores low-bit ones (torchao)."""
+    """Multiplies in place: of a DTensor what is here, through a plain tensor where an optimizer has low-bit ones."""
+    value = local(value)
     if hasattr(value, "dequantize") and type(value) is not Tensor:
         value.copy_(value.dequantize() * factor)
     else:

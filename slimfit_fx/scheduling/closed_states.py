@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slimfit_fx.model.shards import local
+
 from .closures import shares_state
 
 
@@ -59,12 +61,12 @@ class ClosedStates:
 
 
 def state_bytes(optimizers: Iterable[Optimizer], parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
-    """Bytes of the optimizers' states of `parameters`: (on the parameters' devices, elsewhere)."""
+    """Bytes of the optimizers' states of `parameters` on this rank: (on the parameters' devices, elsewhere)."""
     near = far = 0
     for optimizer in optimizers:
         for parameter in parameters:
             for value in _states(optimizer, parameter).values():
-                nbytes = value.numel() * value.element_size()
+                nbytes = local(value).numel() * value.element_size()
                 near, far = (near + nbytes, far) if value.device == parameter.device else (near, far + nbytes)
     return near, far
 

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from slimfit_fx.config import Config
+from slimfit_fx.model.shards import shard_groups
 from slimfit_fx.policies import State
 
 from .catch_up import catch_up_factor, fade_momentum, lengthen
@@ -61,22 +63,22 @@ class OptimizerStep:
             self._gradients.update({p: sample(p.grad).clone() for p in first if p.grad is not None})
         if self._measures == "gradient":
             scale = getattr(optimizer, "grad_scale", None)
-            for parameters in _by_device(new):
+            for groups, parameters in _measured_together(new):
                 gradients = [p.grad for p in parameters if p.grad is not None]
-                self._measured += measure_gradients([new[p] for p in parameters], gradients, parameters, scale)
+                self._measured += measure_gradients([new[p] for p in parameters], gradients, parameters, scale, groups)
 
     def finish(self, optimizer: Optimizer | None, owned: Mapping[nn.Parameter, int]) -> Measurement:
         """Measures how far the trained layers moved, and lengthens the updates of those that missed steps."""
         found, self._measured = self._measured, Measurement()
         scale = getattr(optimizer, "grad_scale", None)
         moved = [p for p in self._sampled if p in self._known]
-        for parameters in _by_device(moved):
+        for groups, parameters in _measured_together(moved):
             layers, old = [owned[p] for p in parameters], [self._sampled[p] for p in parameters]
             if self._measures == "update":
-                found += measure_updates(layers, old, [sample(p) for p in parameters])
+                found += measure_updates(layers, old, [sample(p) for p in parameters], groups)
             else:
                 gradients = [self._gradients[p] for p in parameters]
-                found += measure_gains(layers, old, parameters, scale, gradients)
+                found += measure_gains(layers, old, parameters, scale, gradients, groups)
         for parameter, old in self._before.items():
             if parameter in self._known:
                 lengthen(parameter, old, self._factor(owned[parameter]))
@@ -135,9 +137,14 @@ class RunningSteps:
         self._steps.clear()
 
 
-def _by_device(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
-    """The parameters of each device, those of one dtype together."""
-    groups: dict[torch.device, list[nn.Parameter]] = {}
+def _measured_together(
+    parameters: Iterable[nn.Parameter],
+) -> Iterable[tuple[tuple[dist.ProcessGroup, ...], list[nn.Parameter]]]:
+    """The parameters of each device, those of one dtype together; before them the ranks over which they are sharded.
+
+    All ranks have them in the same order.
+    """
+    together: dict[tuple[torch.device, tuple[dist.ProcessGroup, ...]], list[nn.Parameter]] = {}
     for parameter in sorted(parameters, key=lambda p: str(p.dtype)):
-        groups.setdefault(parameter.device, []).append(parameter)
-    return groups.values()
+        together.setdefault((parameter.device, shard_groups(parameter)), []).append(parameter)
+    return [(groups, members) for (_, groups), members in together.items()]

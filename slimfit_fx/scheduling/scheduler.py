@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from itertools import compress
+from itertools import chain, compress
 from typing import Any
 from weakref import WeakSet
 
@@ -87,6 +87,11 @@ class Scheduler:
         gated = list(compress(self.gates.table.tolist(), self._closable_of(self._trains())))
         return gated.count(False) / len(gated) if gated else 0.0
 
+    def is_open(self, parameter: nn.Parameter) -> bool:
+        """Whether the present step trains a parameter of the model; one without a gate always."""
+        layer = self._layer_of.get(id(parameter))
+        return layer is None or self._seen()[layer]
+
     def optimizer_bytes(self) -> tuple[int, int]:
         """Bytes of the layers' optimizer states: (on the layers' devices, on the host)."""
         return state_bytes(self.optimizers, [parameter for members in self._members for parameter in members])
@@ -130,12 +135,9 @@ class Scheduler:
         self._unheard.backward_began()
 
     def compare_ranks(self) -> None:
-        """Under DistributedDataParallel: compares the gates of all ranks. Called when a training forward begins.
-
-        Raises:
-            StateError: they differed one forward ago.
-        """
-        self._agreement.check(self._state.step, self.gates.table.tolist())
+        """Call when a training forward begins, on all ranks of DistributedDataParallel or FSDP2. Raises `StateError` if
+        their gates differed one forward ago."""
+        self._agreement.check(self._state.step, self.gates.table.tolist(), chain.from_iterable(self._members))
 
     def before_optimizer_step(
         self, optimizer: Optimizer, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

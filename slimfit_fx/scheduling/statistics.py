@@ -2,6 +2,8 @@
 
 Updates are measured on a sample of each tensor, so that nothing large is copied. The results are read one step later.
 By then a copy to the host, started right away, has long arrived.
+
+Of tensors that are shared out over ranks each rank measures its own elements, and the sums are added up.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -12,7 +14,12 @@ from dataclasses import dataclass
 from math import gcd
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from slimfit_fx.model.shards import local, sum_over
+
+Groups = Sequence[dist.ProcessGroup]
 
 # Added to squares of weights: an element that was zero, or nearly, counts as unmoved.
 _TINY = 1e-30
@@ -26,10 +33,11 @@ def sample(tensor: Tensor) -> Tensor:
     """A view of at most 65,536 elements, evenly spread over rows and columns; all of them if there are no more.
 
     Of a larger tensor, 4,096 at least for rows of up to 30,000 elements: the stride and a row's length have no common
-    divisor, or every row would be met at the same columns.
+    divisor, or every row would be met at the same columns. Of a tensor that is shared out over ranks, the elements that
+    are here, as densely on each rank.
     """
-    flat = tensor.detach().reshape(-1)
-    stride = -(-flat.numel() // _SAMPLE)
+    flat = local(tensor).detach().reshape(-1)
+    stride = max(1, -(-tensor.numel() // _SAMPLE))
     while stride > 1 and gcd(stride, tensor.shape[-1]) > 1:
         stride += 1
     return flat[::stride]
@@ -51,13 +59,13 @@ def _totals(old: Sequence[Tensor], new: Sequence[Tensor]) -> Sequence[Tensor]:
     torch._foreach_mul_(magnitude, magnitude)
     torch._foreach_add_(magnitude, _TINY)
     torch._foreach_div_(change, magnitude)
-    return torch._foreach_norm(change, 1, dtype=torch.float32)
+    return _norms(change, 1)
 
 
 @torch.no_grad()
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of the squares of each tensor, float32 [tensors]."""
-    return torch.stack(list(torch._foreach_norm(list(tensors), 2, dtype=torch.float32))).square()
+    return torch.stack([norm for start, end in _chunks(tensors) for norm in _norms(tensors[start:end], 2)]).square()
 
 
 @dataclass(frozen=True)
@@ -118,20 +126,34 @@ class Measurement:
         return {layer: (top / bottom) ** power if bottom else 0.0 for layer, (top, bottom) in totals.items()}
 
 
-def measure_updates(layers: Sequence[int], old: Sequence[Tensor], new: Sequence[Tensor]) -> Measurement:
-    """The mean relative change of layers, whose tensors are of one device, from the same samples before and after."""
-    sums, arrived = _to_host(relative_updates(old, new))
-    return Measurement((Part(tuple(layers), sums, tuple(float(t.numel()) for t in new)),), arrived=arrived)
+def measure_updates(
+    layers: Sequence[int], old: Sequence[Tensor], new: Sequence[Tensor], groups: Groups = ()
+) -> Measurement:
+    """The mean relative change of layers, whose tensors are of one device, from the same samples before and after.
+
+    Args:
+        groups: of ranks over which all of the tensors are shared out.
+    """
+    counts = tuple(float(tensor.numel()) for tensor in new)
+    sums = relative_updates(old, new)
+    if not groups:
+        on_host, arrived = _to_host(sums)
+        return Measurement((Part(tuple(layers), on_host, counts),), arrived=arrived)
+    # filled on the device: a copy of numbers to it would wait
+    return _quotients(layers, sums, torch.stack([sums.new_full((), count) for count in counts]), groups)
 
 
 def measure_gradients(
-    layers: Sequence[int], gradients: Sequence[Tensor], weights: Sequence[Tensor], scale: Tensor | None
+    layers: Sequence[int],
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    scale: Tensor | None,
+    groups: Groups = (),
 ) -> Measurement:
     """Gradient norms relative to weight norms; `scale` is a gradient scaler's, if the gradients still have it."""
-    squares = squared_norms(gradients)
-    gradient, arrived = _to_host(squares if scale is None else squares / scale.square())
-    weight, later = _to_host(squared_norms(weights))
-    return Measurement((Part(tuple(layers), gradient, weight),), arrived=arrived + later, root=True)
+    squares = squared_norms(list(map(local, gradients)))
+    below = squared_norms(list(map(local, weights)))
+    return _quotients(layers, squares if scale is None else squares / scale.square(), below, groups, root=True)
 
 
 @torch.no_grad()
@@ -141,6 +163,7 @@ def measure_gains(
     parameters: Sequence[Tensor],
     scale: Tensor | None,
     gradients: Sequence[Tensor] | None = None,
+    groups: Groups = (),
 ) -> Measurement:
     """By how much the updates of layers lowered the loss, to first order: the sum of gradient * (old - new).
 
@@ -152,16 +175,30 @@ def measure_gains(
     gains = []
     for before, gradient, parameter in zip(old, gradients, parameters, strict=True):
         moved = (before - sample(parameter)).float()  # fp16 products would vanish
-        gains.append((moved * gradient).sum() * (parameter.numel() / before.numel()))
-    total, arrived = _to_host(torch.stack(gains).clamp(min=0) / (1.0 if scale is None else scale))
+        gains.append((moved * gradient).sum() * (local(parameter).numel() / max(1, before.numel())))
+    sums = sum_over(groups, torch.stack(gains))
+    total, arrived = _to_host(sums.clamp(min=0) / (1.0 if scale is None else scale))
     once = tuple(float(layer not in layers[:place]) for place, layer in enumerate(layers))
     return Measurement((Part(tuple(layers), total, once),), arrived=arrived)
+
+
+def _quotients(layers: Sequence[int], above: Tensor, below: Tensor, groups: Groups, root: bool = False) -> Measurement:
+    """Of the sums `above` and `below` of tensors, after all ranks' were added up at once."""
+    both, arrived = _to_host(sum_over(groups, torch.stack([above, below])))
+    return Measurement((Part(tuple(layers), both[0], both[1]),), arrived=arrived, root=root)
 
 
 def may_skip(found_inf: Tensor) -> Measurement:
     """Of a step that a gradient scaler leaves to the optimizer: nothing counts if the flag is not zero."""
     flag, arrived = _to_host(found_inf.detach().reshape(()))
     return Measurement(skipped=(flag,), arrived=arrived)
+
+
+def _norms(tensors: Sequence[Tensor], order: int) -> Sequence[Tensor]:
+    """Of tensors of one dtype, float32 each."""
+    if tensors[0].dtype is torch.float64:
+        return [norm.float() for norm in torch._foreach_norm(list(tensors), order)]
+    return torch._foreach_norm(list(tensors), order, dtype=torch.float32)
 
 
 def _to_host(value: Tensor) -> tuple[Tensor, tuple[torch.Event, ...]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slimfit_fx.config import Config
 from slimfit_fx.errors import SlimFitWarning, StateError
+from slimfit_fx.model.shards import local
 from slimfit_fx.policies import State
 
 from .optimizer_step import OptimizerStep
@@ -77,7 +78,7 @@ class UnheardSteps:
         not train."""
         if self._gone not in (1, _GONE):
             return False
-        first = [p.detach().flatten()[:_FIRST].clone() for parameters in members for p in parameters]
+        first = [local(p).detach().flatten()[:_FIRST].clone() for parameters in members for p in parameters]
         before, self._first = self._first, first
         if self._gone < _GONE:
             return False

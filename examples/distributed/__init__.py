@@ -1,0 +1,1 @@
+"""Several processes: FSDP2 with frozen layers."""
