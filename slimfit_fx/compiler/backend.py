@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import fx
 
+from slimfit_fx.config import Config
 from slimfit_fx.errors import SlimFitError
 from slimfit_fx.presets import CodecRules
 from slimfit_fx.torch_internals import (
@@ -36,11 +37,8 @@ def compile_capture(
     inputs: Sequence[Any],
     capture: Capture,
     rules: CodecRules,
-    mode: str,
-    disabled: Collection[str] = (),
-    options: Mapping[str, Any] | None = None,
-    only_loss: bool = False,
-    generate: Callable[..., Any] = compile_fx_inner,
+    config: Config,
+    generate: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Compiles a graph from Dynamo; the result takes the graph's inputs and, behind them, its gates.
 
@@ -51,24 +49,21 @@ def compile_capture(
         module, inputs: from Dynamo.
         capture: gets the split graph and its plan, when the backward is first asked for.
         rules: which codec a saved tensor gets.
-        mode: `"inductor"` or `"eager"`.
-        disabled: names of optional passes that do not run.
-        options: Inductor's own.
-        only_loss: whether logits may be left out of what the graph returns.
-        generate: makes a callable of one graph of the pair, by Inductor.
+        config: the passes that do not run, the compiler and its options, and what of the outputs is wanted.
+        generate: makes a callable of one graph of the pair, in the place of Inductor.
 
     Raises:
         BackendError: a pass or code generation failed, or an operator of a graph with layers depends on data.
         ConfigError: CUDA graphs are switched on.
         Exception: torch's own, for a graph that AOTAutograd cannot trace for any backend.
     """
-    passes = PassRun(capture, rules, disabled, only_loss)
+    mode = config.mode
+    passes = PassRun(capture, rules, config.disable_passes, config.outputs == "loss")
     try:
         exposed, example_inputs = passes.on_captured(module, inputs)
         capture.retainable = mode == "eager" or not functorch_config.donated_buffer
-        compiler = (
-            _interpret if mode == "eager" else functools.partial(_inductor, options=options or {}, generate=generate)
-        )
+        inductor = functools.partial(_inductor, options=config.compile_options, generate=generate or compile_fx_inner)
+        compiler = _interpret if mode == "eager" else inductor
         # AOTAutograd's own cache would skip the passes, and with them plan and report. Inductor's cache of generated
         # code stays on: its key is the rewritten graph itself.
         with functorch_config.patch(enable_autograd_cache=False, donated_buffer=not capture.retainable):

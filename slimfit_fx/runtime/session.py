@@ -78,8 +78,7 @@ class Session:
         self._unfound_heads = UnfoundHeads(config)
         self._recompiles = Recompiles()
         self._path = ""  # of the region that is being called
-        gated = {name: parameters[name] for layer in self.layers for name in layer.parameters}
-        self._places = Places(model, gated, self._units)
+        self._places = Places(model, {n: parameters[n] for layer in self.layers for n in layer.parameters}, self._units)
         self._hooks = listen_to_optimizers(self.scheduler)
 
     @property
@@ -163,11 +162,8 @@ class Session:
             self._unfound_heads.check(self.plan)
 
     def region_left_out(self, path: str) -> None:
-        """The region at `path` ran without a graph: the rest trains on, unless that was compiled too often.
-
-        Raises:
-            BackendError: it was.
-        """
+        """The region at `path` ran without a graph: the rest trains on. Raises `BackendError` if it was compiled too
+        often."""
         self._left_out.check_limit(path or "the model")
 
     def compiled(self, regions: Sequence[Region]) -> list[Callable[..., Any]]:
@@ -216,13 +212,8 @@ class Session:
             activations=frozenset(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x.is_leaf),
         )
         self._recompiles.saw(capture.origin, delimits or bool(self._finished))
-        config = self.config
-        rules = CodecRules(config.preset, config.codecs, self._path)
-        by_other = {} if self.generate is None else {"generate": self.generate}
-        compiled = compile_capture(
-            module, inputs, capture, rules, config.mode, config.disable_passes, config.compile_options,
-            config.outputs == "loss", **by_other,
-        )  # fmt: skip
+        rules = CodecRules(self.config.preset, self.config.codecs, self._path)
+        compiled = compile_capture(module, inputs, capture, rules, self.config, self.generate)
         self.captures.append(capture)
         return functools.partial(_weak(self._run), capture, compiled, delimits)
 
