@@ -170,9 +170,9 @@ def test_files_to_read(tmp_path, monkeypatch):
     (graph,) = (tmp_path / "debug").iterdir()
     assert re.fullmatch(r"graph_\d{3,}_model", graph.name)
     assert names(graph) == [f"{place:02}_{entry.name}" for place, entry in enumerate(pipeline.PIPELINE)]
-    assert names(graph / "01_gate_dynamic") == ["joint.after.py", "joint.before.py"]
-    assert names(graph / "02_partition") == ["backward.after.py", "forward.after.py", "joint.before.py"]
-    gated = graph / "01_gate_dynamic"
+    assert names(graph / "02_gate_dynamic") == ["joint.after.py", "joint.before.py"]
+    assert names(graph / "03_partition") == ["backward.after.py", "forward.after.py", "joint.before.py"]
+    gated = graph / "02_gate_dynamic"
     assert "save_if_open" not in (gated / "joint.before.py").read_text()
     assert "save_if_open" in (gated / "joint.after.py").read_text()
     (compress,) = graph.glob("*_compress")
