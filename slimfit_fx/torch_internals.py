@@ -39,6 +39,7 @@ try:
     import torch._inductor.fx_passes.post_grad
     import torch._inductor.graph
     import torch._inductor.memory
+    import torch._inductor.scheduler
     import torch._inductor.virtualized
     import torch._logging._internal
     import torch._subclasses
@@ -83,6 +84,8 @@ try:
     CustomPartitionerFn = torch._inductor.custom_graph_pass.CustomPartitionerFn  # where our passes run
     select_decomp_table = torch._inductor.decomposition.select_decomp_table  # codecs are traced as Inductor would
     CppScheduling = torch._inductor.codegen.cpp.CppScheduling  # its splits of loops, corrected in inductor_fixes
+    SchedulerBuffer = torch._inductor.scheduler.SchedulerBuffer  # when it frees a tensor, corrected there
+    OutputNode = torch._inductor.scheduler.OutputNode  # what uses the results of a graph, for that
     inductor_memory = torch._inductor.memory  # its estimate of the peak, corrected there
     FloorDiv = torch.utils._sympy.functions.FloorDiv  # a quotient in an index, for the same
     V = torch._inductor.virtualized.V  # the graph that is being compiled, for that
@@ -114,6 +117,7 @@ _ATTRIBUTES = (
     (torch.Tensor, "_version"),  # whether weights changed though no optimizer stepped
     (nn.parallel.DistributedDataParallel, "_get_active_ddp_module"),  # whose ranks must choose alike
     (CppScheduling, "try_loop_split"),  # corrected in inductor_fixes/loop_split.py
+    (SchedulerBuffer, "can_free"),  # corrected in inductor_fixes/dead_tensors.py
     (inductor_memory, "get_freeable_input_buf"),  # corrected in inductor_fixes/peak_estimate.py
     (post_grad, "should_prefer_unfused_addmm"),  # answered in inductor_fixes/library_calls.py
     (post_grad, "pass_patterns"),  # where that is asked

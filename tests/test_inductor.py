@@ -198,3 +198,28 @@ def test_the_code_generator_knows_how_large_saved_tensors_are(monkeypatch):
         run(slim, {"input": torch.randn(32, 64)})
     quantised = sum(row.stored for row in slimfit_fx.report(slim).plan.saved if row.form)
     assert 0 < quantised <= counted[-1] < 1.1 * quantised
+
+
+@pytest.mark.parametrize("preset", ["balanced", "tight", "paper"])
+def test_a_kept_tensor_is_freed_when_its_codes_are_made(preset):
+    """A result with as many rows as it has does not keep it: Inductor thinks so, for their number is read from it."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch.manual_seed(0)
+    layers = [torch.nn.Sequential(torch.nn.Linear(52, 52), Running()) for _ in range(3)]
+    slim = transformed(torch.nn.Sequential(*layers, torch.nn.Linear(52, 3)), mode="inductor", preset=preset)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, (forward, *_) = run_and_get_code(lambda: slim(torch.randn(3, 37, 52)).sum().backward())
+    body = forward.partition("def call")[2]
+    kept = re.findall(r"(buf\d+) = torch.ops.slimfit_fx.save_if_open", body)
+    handed_over = set(re.findall(r"buf\d+", body.partition("return (")[2].partition(")")[0]))
+    assert len(kept) >= 3
+    assert not handed_over & set(kept)
+    assert [name for name in kept if f"del {name}\n" not in body] == []
+
+
+class Running(torch.nn.Module):
+    """A sum over tokens, which nothing rebuilds."""
+
+    def forward(self, x):
+        return torch.cumsum(x, 1)

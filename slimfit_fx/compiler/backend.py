@@ -25,6 +25,7 @@ from .capture import Capture
 from .compile_options import check_no_cuda_graphs, compile_options_for
 from .dynamo import may_run_eagerly, steers_dynamo
 from .failures import explained
+from .inductor_fixes.dead_tensors import sizes_hold_nothing
 from .inductor_fixes.library_calls import as_decided, decided_without_passes
 from .inductor_fixes.loop_split import exact_loop_splits
 from .inductor_fixes.peak_estimate import true_input_sizes
@@ -127,10 +128,10 @@ def _compile_inner(
 ) -> Any:
     if not options.get("is_backward"):
         save_inputs_unchanged(gm)
-        with exact_loop_splits(), as_decided(capture.library_calls):
+        with exact_loop_splits(), sizes_hold_nothing(), as_decided(capture.library_calls):
             return generate(gm, inputs, **options)
     try:
-        with exact_loop_splits(), true_input_sizes():
+        with exact_loop_splits(), sizes_hold_nothing(), true_input_sizes():
             return _drop_closed(generate(gm, inputs, **options), capture)
     except SlimFitError:
         raise
