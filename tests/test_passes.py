@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from helpers import count_calls
+from slimfit_fx.graph.captured import Captured
 from slimfit_fx.passes.expose_gates import expose_gates
 from torch import nn
 
@@ -118,7 +119,7 @@ def test_the_gates_are_the_last_input_and_dynamos_graph_stays_as_it_is():
 
     def backend(module, inputs):
         before = str(module.graph)
-        exposed, examples = expose_gates(module, inputs, 3)
+        exposed, examples = expose_gates(module, inputs, Captured(gates=3))
         assert str(module.graph) == before
         placeholders = exposed.graph.find_nodes(op="placeholder")
         assert len(placeholders) == len(examples) == len(inputs) + 1
