@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from helpers import count_calls
-from slimfit_fx.graph.captured import Captured
 from slimfit_fx.passes.expose_gates import expose_gates
 from torch import nn
 
 import slimfit_fx
+from slimfit_fx.graph.captured import Captured
 from slimfit_fx.runtime.registry import session_of
 
 ops = torch.ops.slimfit_fx
