@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import slimfit_fx
 from slimfit_fx import Config, StateError
@@ -20,6 +21,7 @@ from slimfit_fx.model.gate_table import Gates
 from slimfit_fx.model.layers import find_layers
 from slimfit_fx.policies import POLICIES
 from slimfit_fx.scheduling import Scheduler
+from slimfit_fx.scheduling.listeners import _listeners
 from slimfit_fx.scheduling.rate import freeze_rate_at
 
 
@@ -169,18 +171,53 @@ def test_an_optimizer_of_another_model_changes_nothing():
 
 
 def test_a_scheduler_dies_with_its_model():
-    from torch.optim.optimizer import _global_optimizer_pre_hooks
-
+    other = slimfit_fx.transform(small_model(), mode="eager")
+    train(other, 1)
     gc.collect()
-    before = len(_global_optimizer_pre_hooks)
+    train(other, 1)
+    before = len(_listeners)
     model = slimfit_fx.transform(small_model(), mode="eager")
     train(model, 1)
     alive = weakref.ref(slimfit_fx.scheduler(model))
-    assert len(_global_optimizer_pre_hooks) == before + 1
+    assert len(_listeners) == before + 2  # the scheduler, and what watches gradients from outside of the graphs
     del model
     gc.collect()
     assert alive() is None
-    assert len(_global_optimizer_pre_hooks) == before
+    train(other, 1)
+    assert len(_listeners) == before
+
+
+def test_a_model_may_be_collected_during_an_optimizer_step():
+    """torch walks through its hooks then, and would fail if one went."""
+    model = slimfit_fx.transform(small_model(), mode="eager")
+    others = [slimfit_fx.transform(small_model(), mode="eager") for _ in range(3)]
+    alive = [weakref.ref(slimfit_fx.scheduler(other)) for other in others]
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+
+    def collect(*_: Any) -> None:
+        others.clear()
+        gc.collect()
+
+    handles = [register_optimizer_step_pre_hook(collect), register_optimizer_step_post_hook(collect)]
+    try:
+        for _ in range(2):
+            model(torch.randn(2, 4)).sum().backward()
+            optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert [reference() for reference in alive] == [None] * 3
+    assert slimfit_fx.scheduler(model).state.step == 2
+
+
+def test_undo_during_an_optimizer_step():
+    model, other = (slimfit_fx.transform(small_model(), mode="eager") for _ in range(2))
+    optimizer = torch.optim.SGD(list(model.parameters()), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: slimfit_fx.undo(other))
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    assert slimfit_fx.scheduler(model).state.step == 1
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -6,7 +6,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -14,12 +13,11 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from slimfit_fx.compiler.dynamo import not_traced
 from slimfit_fx.errors import SlimFitWarning
 from slimfit_fx.model.gate_table import Gates
+from slimfit_fx.scheduling.listeners import listen
 
 _EXAMPLES = 5
 _watchers: WeakSet[OutsideGradients] = WeakSet()
@@ -72,7 +70,7 @@ class OutsideGradients:
         self._age = max((watcher._age for watcher in _watchers), default=0) + 1
         _watchers.add(self)
         self.watch()
-        self._optimizers = _listen_to_optimizers(self)
+        self._deafen = listen(self, after=OutsideGradients.after_optimizer_step)
 
     def watch(self) -> None:
         """Also after parameters were moved to another device or dtype, for which autograd makes new nodes."""
@@ -103,7 +101,7 @@ class OutsideGradients:
     def close(self) -> None:
         """Watches no more."""
         _watchers.discard(self)
-        self._optimizers.remove()
+        self._deafen()
         self._let_go()
 
     def graph_ran(self, layers: Sequence[int | None], flags: Sequence[bool]) -> None:
@@ -187,16 +185,3 @@ def _arrival(
         return (None,)
 
     return hook
-
-
-def _listen_to_optimizers(outside: OutsideGradients) -> RemovableHandle:
-    alive = weakref.ref(outside)
-
-    @not_traced
-    def after(optimizer: Optimizer, *_: Any) -> None:
-        if (target := alive()) is not None:
-            target.after_optimizer_step(optimizer)
-
-    handle = register_optimizer_step_post_hook(after)
-    weakref.finalize(outside, handle.remove)
-    return handle
