@@ -101,9 +101,10 @@ def _match(loss: fx.Node) -> _Match | None:
         if not isinstance(value, Tensor) or value.shape[-1] != classes or not _follow(node, found):
             return None
         found.nodes.append(node)
-        node = node.args[0]  # type: ignore[assignment]
-        if not isinstance(node, fx.Node):
+        source = next((argument for argument in node.args[:2] if isinstance(argument, fx.Node)), None)
+        if source is None:
             return None
+        node = source
     found.nodes.append(node)
     weight = _value(node.args[1])
     worthwhile = weight.dim() == 2 and weight.shape[0] >= _WORTHWHILE * weight.shape[1]
@@ -122,6 +123,8 @@ def _follow(node: fx.Node, found: _Match) -> bool:
         return True
     if kind in ("mul", "div") and len(node.args) == 2 and not node.kwargs:
         number = node.args[1]
+        if kind == "mul" and isinstance(number, fx.Node):  # 30 * logits
+            number = node.args[0]
         if isinstance(number, (int, float)) and not isinstance(number, bool) and number > 0:
             found.scale *= number if kind == "mul" else 1 / number
             return True

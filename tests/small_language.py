@@ -29,7 +29,7 @@ class Language(nn.Module):
 
     def forward(self, ids, labels=None):
         logits = self.head(F.gelu(self.layer(self.words(ids))))
-        scores = logits * self.scale if self.scale != 1 else logits
+        scores = self.scale * logits if self.scale != 1 else logits
         if self.cap:
             scores = torch.tanh(scores / self.cap) * self.cap
         if labels is None:
