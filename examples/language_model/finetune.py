@@ -129,8 +129,9 @@ def split(tokenizer: Any, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
     sequences = pack(documents(options.data), tokenizer, options.length, wanted)
     if len(sequences) < options.held_out + options.batch:
         raise SystemExit(
-            f"the text is too short: {len(sequences)} sequences of {options.length} tokens, of which {options.held_out} "
-            f"are held out, and a batch of {options.batch}. Give more --data, or a smaller --length, --held-out or --batch"
+            f"the text is too short: it makes {len(sequences)} sequences of {options.length} tokens, where "
+            f"{options.held_out} are held out and a batch has {options.batch}. Give more --data, or a smaller "
+            "--length, --held-out or --batch"
         )
     return sequences[: options.held_out], sequences[options.held_out :]
 
