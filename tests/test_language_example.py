@@ -30,7 +30,7 @@ def folder(tmp_path) -> Path:
     """A Llama without knowledge, its tokenizer, and a text in which each word says which one follows."""
     model = tmp_path / "model"
     config = transformers.LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=False,
         initializer_range=0.2,
     )  # fmt: skip
@@ -58,16 +58,20 @@ def test_each_method_learns(folder, method, monkeypatch, capsys):
     trained = []
     monkeypatch.setattr(finetune, "train", lambda model, *rest: trained.append(model) or training.train(model, *rest))
     arguments = command(folder, f"--method={method}", "--steps=25", "--learning-rate=3e-2", "--freeze-rate=0.5")
-    result = finetune.main(arguments)[method]
+    result = finetune.main([*arguments, "--layers=1"])[method]
     assert result["perplexity"] < 0.5 * result["perplexity_before"], result
     assert result["peak_bytes"] > 0
     (model,) = trained
+    assert (model.config.num_hidden_layers, model.config.use_cache) == (1, False)
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(("lora" in name) == ("lora" in method) for name in trains)
     if "balanced" in method:
         assert slimfit_fx.gates(model).closed
         assert len(slimfit_fx.report(model).plan.heads) == 1
         assert slimfit_fx.scheduler(model).state.step == 25
+        tokens = torch.zeros(2, LENGTH, dtype=torch.int64)
+        with pytest.raises(slimfit_fx.OutputError):
+            len(model(input_ids=tokens, labels=tokens).logits)
     assert ("no logits saved" in capsys.readouterr().out) == ("balanced" in method)
 
 
@@ -99,12 +103,13 @@ def test_one_command_runs_all_methods_apart(folder, monkeypatch, capsys):
 
 
 def test_perplexity_is_that_of_all_tokens_together(folder):
-    """Also where the last batch is smaller."""
+    """Also where the last batch is smaller; and no compiler runs for it."""
     options = finetune.parse(command(folder))
     _, model = finetune.load(options)
     sequences = torch.randint(0, len(WORDS), (3, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = model.eval()(input_ids=sequences).logits[:, :-1]
+    model.compile(backend=lambda *_: pytest.fail("compiled"))
     loss = F.cross_entropy(logits.reshape(-1, len(WORDS)), sequences[:, 1:].reshape(-1))
     assert finetune.perplexity(model, sequences, options) == pytest.approx(math.exp(loss), rel=1e-5)
     assert model.training

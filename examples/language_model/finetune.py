@@ -204,8 +204,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--data", type=Path, nargs="+", default=[], help="text files in UTF-8, or folders of .txt files"
     )
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
-    parser.add_argument("--held-out", type=int, default=16, help="sequences that perplexity is measured on")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--held-out", type=int, default=8, help="sequences that perplexity is measured on")
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, help="default: each method's own")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA's adapters")
     parser.add_argument("--freeze-rate", type=float, default=0.9, help="of the methods with slimfit_fx")
