@@ -116,8 +116,8 @@ def load(options: argparse.Namespace) -> tuple[Any, nn.Module]:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **keywords)
     except (OSError, ValueError) as error:  # no such model, no weights, or none that predicts tokens
         raise SystemExit(f"--model {name}: {error}") from None
-    positions = getattr(model.config, "max_position_embeddings", options.length)
-    if options.length > positions:
+    positions = getattr(model.config, "max_position_embeddings", None)  # none where they are computed for any length
+    if positions and options.length > positions:
         raise SystemExit(f"--length {options.length}: this model has {positions} positions")
     model.config.use_cache = False  # keys and values are for generation; in training they would only take memory
     return tokenizer, model
