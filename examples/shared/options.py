@@ -30,24 +30,29 @@ def parser(
     options.add_argument("--freeze-rate", type=float, default=0.9)
     options.add_argument("--policy", default="update")
     options.add_argument("--regions", default="blocks", choices=["model", "blocks"])
-    options.add_argument("--mode", default="inductor", choices=["inductor", "eager"])
     options.add_argument(
         "--learning-rate",
         type=float,
         default=None,
         help=f"default: {learning_rate:g}, for the baselines {baseline_learning_rate:g}",
     )
-    options.add_argument("--optimizer", default="fused-adamw", choices=OPTIMIZERS, help="adamw8bit: needs torchao")
     options.add_argument("--plot", type=Path, default=None, help="save pictures of the run in this folder")
     options.add_argument("--epochs", type=int, default=0, help=f"default: 1; with --compare {compared_steps} steps")
     options.add_argument("--steps", type=int, default=0, help="instead of whole epochs")
-    options.add_argument("--batch", type=int, default=32)
-    options.add_argument("--seed", type=int, default=0)
     options.add_argument("--no-validation", action="store_true", help="score the test set only")
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options.add_argument("--json", default=None, help="append the result to this file")
+    add_loop_options(options, batch=32)
     options.set_defaults(learning_rates=(learning_rate, baseline_learning_rate), compared_steps=compared_steps)
     return options
+
+
+def add_loop_options(parser: argparse.ArgumentParser, batch: int) -> None:
+    """Those of the training loop that every program has; `batch` is the default."""
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--optimizer", default="fused-adamw", choices=OPTIMIZERS, help="adamw8bit: needs torchao")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mode", default="inductor", choices=["inductor", "eager"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", default=None, help="append the result to this file")
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> Any:
@@ -55,6 +60,12 @@ def add_method_options(parser: argparse.ArgumentParser) -> Any:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--baseline", action="store_true", help="plain torch.compile, every layer trains")
     which.add_argument("--eager-baseline", action="store_true", help="no compiler, every layer trains")
+    add_config_options(parser)
+    return which
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """How slimfit_fx transforms the model: a preset, and any other field of its configuration."""
     parser.add_argument("--preset", default="balanced")
     parser.add_argument(
         "--option",
@@ -64,7 +75,6 @@ def add_method_options(parser: argparse.ArgumentParser) -> Any:
         type=option,
         help="any other field of slimfit_fx.Config, for example catch_up=0.5; may be repeated",
     )
-    return which
 
 
 def option(text: str) -> tuple[str, Any]:

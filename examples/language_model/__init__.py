@@ -1,0 +1,1 @@
+"""Language models: text, token by token."""
