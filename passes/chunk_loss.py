@@ -62,6 +62,7 @@ def chunk_loss(
     matches = [match for match in map(_match, losses) if match is not None]
     inside = {node for match in matches for node in (*match.nodes, match.loss)}
     (returned,) = module.graph.find_nodes(op="output")
+    replaced = []
     for match in matches:
         others = {user for node in match.nodes for user in node.users} - inside
         if not others <= {returned}:
@@ -69,8 +70,10 @@ def chunk_loss(
         if others and not captured.only_loss:
             captured.whole_heads.append(module_of(match.linear))
             continue
-        captured.left_out += _leave_out(returned, match.nodes)
-        captured.heads.append(module_of(match.linear))
+        replaced.append(match)
+    captured.heads += [module_of(match.linear) for match in replaced]
+    captured.left_out += _leave_out(returned, {node for match in replaced for node in match.nodes})
+    for match in replaced:
         _replace(match)
     module.recompile()
     return module, inputs

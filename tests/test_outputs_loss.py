@@ -40,6 +40,37 @@ def test_logits_are_left_out(answer):
     assert torch.equal(slim(IDS, IDS)[1 if answer == "tuple" else "logits"], model.eval()(IDS))
 
 
+class TwoHeads(nn.Module):
+    """Two tasks: logits of the one lie between the other's loss and its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.layer = nn.Embedding(211, 20), nn.Linear(20, 20)
+        self.one, self.two = nn.Linear(20, 211, bias=False), nn.Linear(20, 97)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        x = torch.tanh(self.layer(self.words(ids % 211)))
+        one, two = self.one(x), self.two(x)
+        losses = [nn.functional.cross_entropy(y.view(-1, y.shape[-1]), ids.view(-1) % y.shape[-1]) for y in (one, two)]
+        return losses[0], one, x, two, losses[1]
+
+
+@pytest.mark.parametrize("mode", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_logits_of_two_heads_are_left_out_where_they_were(mode):
+    model, found = TwoHeads().train(), []
+    slim = transformed(model, mode=mode, freeze_rate=0, outputs="loss")
+    for each in (slim, model):
+        each.zero_grad()
+        first, one, x, two, second = each(IDS)
+        (first + 0.7 * second + 0.3 * x.square().mean()).backward()
+        found.append((first + second, {name: p.grad.clone() for name, p in each.named_parameters()}))
+        assert isinstance(x, Tensor)
+        assert isinstance(one, Tensor) == isinstance(two, Tensor) == (each is model)
+    assert_close(*found)
+    assert slimfit_fx.report(slim).plan.heads == ["one", "two"]
+
+
 def test_accelerate_may_walk_over_what_was_left_out():
     operations = pytest.importorskip("accelerate.utils.operations")
     slim = transformed(Language(answer="dict"), freeze_rate=0, outputs="loss")
