@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import random
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from slimfit_fx.torch_internals import FakeTensor
 
 from .fake_memory import FakeMemory
 from .gate_sets import Flags, largest_sets
-from .sample import scalar_loss
+from .sample import call, mapped, random_state_kept, scalar_loss
 
 MakeOptimizer = Callable[[nn.Module, dict[int, nn.Parameter]], Optimizer | None]
 
@@ -67,83 +67,75 @@ def fake_step(
     device: torch.device | None,
 ) -> Step:
     """The most that a step takes, of a copy of `model` on fake tensors on `device`, by default the model's own."""
-    memory = FakeMemory()
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with random_state_kept(model), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
-        python_state = random.getstate()
-        try:
-            with torch.enable_grad():
-                return _step(memory, model, batch, make_optimizer, loss, config, device)
-        finally:
-            random.setstate(python_state)
+        memory = FakeMemory()
+        place = functools.partial(_fake, memory, device)
+        twins: dict[int, nn.Parameter] = {}
+        fake = _copied(model, place, twins).train()
+        weights = memory.now
+        inputs = mapped(batch, place)
+        batch_bytes = memory.now - weights
+        optimizer = make_optimizer(fake, twins)
+        with closing(Session(fake, config)) as session:
+            session.generate = functools.partial(written, memory.empty)
+            session._hooks()  # the steps that are counted make their own
+            forward = functools.partial(_loss, fake, inputs, loss)
+            return _counted(memory, fake, session, optimizer, forward, weights, batch_bytes)
 
 
-def _step(
+def _counted(
     memory: FakeMemory,
-    model: nn.Module,
-    batch: Any,
-    make_optimizer: MakeOptimizer,
-    loss: Callable[[Any], Tensor] | None,
-    config: Config,
-    device: torch.device | None,
+    fake: nn.Module,
+    session: Session,
+    optimizer: Optimizer | None,
+    forward: Callable[[], Tensor],
+    weights: int,
+    batch_bytes: int,
 ) -> Step:
-    place = functools.partial(_fake, memory, device)
-    twins: dict[int, nn.Parameter] = {}
-    fake = _copied(model, place, twins).train()
-    weights = memory.now
-    inputs = _mapped(batch, place)
-    batch_bytes = memory.now - weights
-    optimizer = make_optimizer(fake, twins)
-    session = Session(fake, config)
-    session.generate = functools.partial(written, memory.empty)
-    session._hooks()  # the steps that are counted below make their own
-    try:
-        compile_calls(fake, find_regions(fake, config), session)
-        _loss(fake, inputs, loss).backward()  # compiles, and tells what is saved
+    """Runs steps with the sets of open layers that may take most."""
+    compile_calls(fake, find_regions(fake, session.config), session)
+    forward().backward()  # compiles, and tells what is saved
+    fake.zero_grad()
+    sets, stateful = _sets(session, fake)
+    if optimizer is not None:
+        _make_states(fake, session, optimizer, stateful)
+    held, runs = memory.now, []
+    for flags in sets:
+        session.gates.set([layer.name for layer, is_open in zip(session.layers, flags, strict=True) if is_open])
         fake.zero_grad()
-        sets, stateful = _sets(session, fake, config)
-        if optimizer is not None:
-            _make_states(fake, session, optimizer, stateful)
-        held, runs = memory.now, []
-        for flags in sets:
-            session.gates.set([layer.name for layer, is_open in zip(session.layers, flags, strict=True) if is_open])
-            fake.zero_grad()
-            phases: dict[str, int] = {}
-            memory.begin()
-            value = _loss(fake, inputs, loss)
-            phases["forward"] = memory.highest - held
-            memory.begin()
-            value.backward()
-            del value
-            phases["backward"] = memory.highest - held
-            runs.append(phases)
-        gradients = sum(p.grad.untyped_storage().nbytes() for p in fake.parameters() if p.grad is not None)
-        if optimizer is not None:  # with the largest gradients
-            memory.begin()
-            session.scheduler.before_optimizer_step(optimizer)
-            optimizer.step()
-            session.scheduler.after_optimizer_step(optimizer)
-            runs[-1]["optimizer"] = memory.highest - held
-        largest = max(range(len(runs)), key=lambda place: max(runs[place].values()))
-        return Step(
-            weights,
-            held - weights - batch_bytes,
-            batch_bytes,
-            gradients,
-            max(session.plan.bytes_at(flags) for flags in sets),
-            {name: max(run.get(name, 0) for run in runs) for name in runs[-1]},
-            session.plan,
-            sets[largest],
-            tuple(layer.name for layer in session.layers),
-        )
-    finally:
-        session.close()
+        phases: dict[str, int] = {}
+        memory.begin()
+        value = forward()
+        phases["forward"] = memory.highest - held
+        memory.begin()
+        value.backward()
+        del value
+        phases["backward"] = memory.highest - held
+        runs.append(phases)
+    gradients = sum(p.grad.untyped_storage().nbytes() for p in fake.parameters() if p.grad is not None)
+    if optimizer is not None:  # with the largest gradients
+        memory.begin()
+        session.scheduler.before_optimizer_step(optimizer)
+        optimizer.step()
+        session.scheduler.after_optimizer_step(optimizer)
+        runs[-1]["optimizer"] = memory.highest - held
+    largest = max(range(len(runs)), key=lambda place: max(runs[place].values()))
+    return Step(
+        weights,
+        held - weights - batch_bytes,
+        batch_bytes,
+        gradients,
+        max(session.plan.bytes_at(flags) for flags in sets),
+        {name: max(run.get(name, 0) for run in runs) for name in runs[-1]},
+        session.plan,
+        sets[largest],
+        tuple(layer.name for layer in session.layers),
+    )
 
 
 def _loss(model: nn.Module, inputs: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
-    if isinstance(inputs, Mapping):
-        return scalar_loss(model(**inputs), loss)
-    return scalar_loss(model(*inputs) if isinstance(inputs, tuple) else model(inputs), loss)
+    return scalar_loss(model(*inputs) if isinstance(inputs, tuple) else call(model, inputs), loss)
 
 
 def _copied(model: nn.Module, place: Callable[[Tensor], Tensor], twins: dict[int, nn.Parameter]) -> nn.Module:
@@ -177,20 +169,9 @@ def _fake(memory: FakeMemory, device: torch.device | None, tensor: Tensor) -> Te
     return fake.requires_grad_() if tensor.requires_grad and not isinstance(tensor, nn.Parameter) else fake
 
 
-def _mapped(values: Any, place: Callable[[Tensor], Tensor]) -> Any:
-    """`values` with each tensor replaced, in mappings, lists and tuples."""
-    if isinstance(values, Tensor):
-        return place(values)
-    if isinstance(values, Mapping):
-        return {key: _mapped(value, place) for key, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return type(values)(_mapped(value, place) for value in values)
-    return values
-
-
-def _sets(session: Session, model: nn.Module, config: Config) -> tuple[list[Flags], Flags]:
+def _sets(session: Session, model: nn.Module) -> tuple[list[Flags], Flags]:
     """The sets of open layers that may take most, and the layers that have optimizer states then, at most."""
-    parameters = dict(model.named_parameters())
+    config, parameters = session.config, dict(model.named_parameters())
     trained = [[parameters[n] for n in layer.parameters if parameters[n].requires_grad] for layer in session.layers]
     gradients = [sum(p.nbytes for p in members) for members in trained]
     trains = [bool(members) for members in trained]

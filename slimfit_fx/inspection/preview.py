@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -214,16 +214,11 @@ def _present(device: torch.device) -> torch.device:
     return device
 
 
-def _leaves(batch: Any) -> list[Tensor]:
-    if isinstance(batch, Tensor):
-        return [batch]
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return [leaf for value in values for leaf in _leaves(value)]
-
-
 def _batch_size(batch: Any) -> int:
     """The first dimension of the batch's first tensor that has one."""
-    size = next((tensor.shape[0] for tensor in _leaves(batch) if tensor.dim()), 0)
+    from .sample import tensors  # with Dynamo, as above
+
+    size = next((tensor.shape[0] for tensor in tensors(batch) if tensor.dim()), 0)
     if not size:
         raise ModelError("the batch has no tensor with examples along its first dimension: no other size can be tried")
     return size
@@ -231,11 +226,10 @@ def _batch_size(batch: Any) -> int:
 
 def _resized(batch: Any, old: int, new: int) -> Any:
     """`batch` with `new` examples, whatever they are: nothing reads them."""
-    if isinstance(batch, Tensor):
-        changes = batch.dim() > 0 and batch.shape[0] == old
-        return torch.empty((new, *batch.shape[1:]), dtype=batch.dtype, device=batch.device) if changes else batch
-    if isinstance(batch, Mapping):
-        return {key: _resized(value, old, new) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_resized(value, old, new) for value in batch)
-    return batch
+    from .sample import mapped
+
+    def resize(x: Tensor) -> Tensor:
+        changes = x.dim() > 0 and x.shape[0] == old
+        return torch.empty((new, *x.shape[1:]), dtype=x.dtype, device=x.device) if changes else x
+
+    return mapped(batch, resize)

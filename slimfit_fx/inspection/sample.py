@@ -53,11 +53,34 @@ def tensors(values: Any) -> list[Tensor]:
     return found
 
 
+def mapped(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`values` with each tensor replaced, in mappings, lists and tuples."""
+    if isinstance(values, Tensor):
+        return change(values)
+    if isinstance(values, Mapping):
+        return {key: mapped(value, change) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return type(values)(mapped(value, change) for value in values)
+    return values
+
+
 def random_state(model: nn.Module) -> list[Tensor]:
     """Of the generators on the CPU and on the model's devices."""
     kind, devices = _accelerators(model)
     module = getattr(torch, kind)
     return [torch.get_rng_state(), *(module.get_rng_state(device) for device in devices)]
+
+
+@contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """What is drawn inside leaves no trace: in Python, on the CPU and on the model's devices."""
+    python_state = random.getstate()
+    kind, devices = _accelerators(model)
+    try:
+        with torch.random.fork_rng(devices, device_type=kind):
+            yield
+    finally:
+        random.setstate(python_state)
 
 
 @contextmanager
@@ -71,17 +94,14 @@ def untouched(model: nn.Module, sample: Any = None) -> Iterator[None]:
     buffers = {module: dict(module._buffers) for module in model.modules() if module._buffers}
     values = {buffer: buffer.clone() for buffer in model.buffers()}
     modes = {module: module.training for module in model.modules()}
-    python_state = random.getstate()
-    kind, devices = _accelerators(model)
     if not model.training:
         model.train()
     for leaf in leaves:
         leaf.grad = None
     try:
-        with torch.random.fork_rng(devices, device_type=kind):
+        with random_state_kept(model):
             yield
     finally:
-        random.setstate(python_state)
         for module, mode in modes.items():
             module.training = mode
         for module, named in buffers.items():
@@ -114,5 +134,5 @@ def plain_calls(model: nn.Module) -> Iterator[None]:
 
 def _accelerators(model: nn.Module) -> tuple[str, list[torch.device]]:
     """The kind and the devices that parameters are on, besides the CPU."""
-    devices = sorted({p.device for p in model.parameters()} - {torch.device("cpu")}, key=str)
+    devices = sorted({p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
     return (devices[0].type if devices else "cuda"), devices
